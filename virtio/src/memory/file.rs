@@ -1,0 +1,102 @@
+//! A file of guest memory, mapped whole.
+
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::MetadataExt;
+
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use vm_memory::{FileOffset, MmapRegion};
+
+/// Why a descriptor cannot serve as guest memory.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum MemoryFileError {
+    /// Not a regular file (a pipe, a socket, a directory, a device).
+    #[error("the descriptor is not a regular, mappable file")]
+    NotAFile,
+    /// The file does not reach as far as the client says.
+    #[error("the file ends at byte {len:#x}, before the end of the range ({end:#x})")]
+    TooShort {
+        /// Length of the file in bytes.
+        len: u64,
+        /// End of the range that was asked for, in bytes.
+        end: u64,
+    },
+    /// The system refused.
+    #[error("cannot map the file: {0}")]
+    Map(#[from] io::Error),
+}
+
+/// A file of guest memory, mapped shared and whole.
+///
+/// A guest's RAM is one file or a few, while its IOVA ranges can be tens of thousands (a guest with an
+/// IOMMU makes and drops one for each buffer): mapping the file once makes each further range a matter of arithmetic, spends
+/// no kernel mapping on it, and works for huge pages, where a range need not be aligned to the page size.
+#[derive(Debug)]
+pub struct MemoryFile {
+    region: MmapRegion,
+    writable: bool,
+    inode: (u64, u64),
+}
+
+impl MemoryFile {
+    /// Maps all of `file`, for writing too if it was opened so.
+    ///
+    /// # Errors
+    /// If it is no regular file, is empty, or the system refuses.
+    pub fn map(file: File) -> Result<Self, MemoryFileError> {
+        let metadata = file.metadata()?;
+        if !metadata.is_file() {
+            return Err(MemoryFileError::NotAFile);
+        }
+        let len = metadata.len();
+        let size = usize::try_from(len).map_err(|_| io::Error::from(io::ErrorKind::FileTooLarge))?;
+        if size == 0 {
+            return Err(MemoryFileError::TooShort { len, end: 1 });
+        }
+        let mode = OFlag::from_bits_truncate(fcntl(&file, FcntlArg::F_GETFL).map_err(io::Error::from)?);
+        let writable = mode & OFlag::O_ACCMODE == OFlag::O_RDWR;
+        let prot = if writable { libc::PROT_READ | libc::PROT_WRITE } else { libc::PROT_READ };
+        let region =
+            MmapRegion::build(Some(FileOffset::new(file, 0)), size, prot, libc::MAP_SHARED | libc::MAP_NORESERVE)
+                .map_err(io::Error::other)?;
+        Ok(Self { region, writable, inode: (metadata.dev(), metadata.ino()) })
+    }
+
+    /// Whether `file` is this very file, opened for the same access, and no longer than what is mapped.
+    ///
+    /// # Errors
+    /// If the system does not tell.
+    pub fn is(&self, file: &File) -> io::Result<bool> {
+        let metadata = file.metadata()?;
+        let mode = OFlag::from_bits_truncate(fcntl(file, FcntlArg::F_GETFL)?);
+        Ok((metadata.dev(), metadata.ino()) == self.inode
+            && metadata.len() <= self.len()
+            && (mode & OFlag::O_ACCMODE == OFlag::O_RDWR) == self.writable)
+    }
+
+    /// Mapped bytes.
+    pub fn len(&self) -> u64 {
+        self.region.size() as u64
+    }
+
+    /// Whether nothing is mapped; never so, and here because [`len`](Self::len) is.
+    pub fn is_empty(&self) -> bool {
+        self.region.size() == 0
+    }
+
+    /// Whether the bytes may be written.
+    pub fn writable(&self) -> bool {
+        self.writable
+    }
+
+    /// The first mapped byte.
+    pub(super) fn as_ptr(&self) -> *mut u8 {
+        self.region.as_ptr()
+    }
+
+    /// The open file, which keeps its mapping's identity.
+    pub(super) fn file(&self) -> Option<&File> {
+        self.region.file_offset().map(FileOffset::file)
+    }
+}

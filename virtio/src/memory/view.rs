@@ -1,0 +1,224 @@
+//! One queue's view of guest memory.
+
+use std::sync::Arc;
+
+use vm_memory::VolatileSlice;
+
+use super::buffers::PinnedBuffers;
+use super::mapping::{Access, Mapping};
+use super::table::{IovaTable, SharedTable};
+
+/// An address that the device was given and may not reach.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum Unmapped {
+    /// No mapping holds it, or not with this access, or the range wraps.
+    #[error("IOVA {iova:#x} is not mapped for this access")]
+    Nowhere {
+        /// The first address that is missing.
+        iova: u64,
+    },
+    /// A mapping holds it that came without a file.
+    #[error(
+        "IOVA {iova:#x} lies in memory that the client did not share with us: \
+         give the guest's RAM share=on (-object memory-backend-memfd,...,share=on)"
+    )]
+    NotShared {
+        /// The first such address.
+        iova: u64,
+    },
+}
+
+/// One queue's view of guest memory: a snapshot of the table and the mapping that was used last, since the
+/// next buffer most often lies in the same one.
+///
+/// A view holds what it has seen: mappings taken out of the table stay reachable through it until
+/// [`refresh`](Self::refresh). Mappings added later are found, since an unknown address makes it look again.
+#[derive(Debug)]
+pub struct GuestMemory {
+    shared: Arc<SharedTable>,
+    table: Arc<IovaTable>,
+    last: Option<Arc<Mapping>>,
+}
+
+impl GuestMemory {
+    /// A view of the newest snapshot.
+    pub fn new(shared: Arc<SharedTable>) -> Self {
+        let table = shared.load();
+        Self { shared, table, last: None }
+    }
+
+    /// Takes the newest snapshot and lets go of all older ones.
+    pub fn refresh(&mut self) {
+        self.last = None;
+        self.table = self.shared.load();
+    }
+
+    /// Copies `data.len()` bytes out of guest memory.
+    ///
+    /// # Errors
+    /// If a byte is not mapped for reading.
+    pub fn read(&mut self, mut iova: u64, mut data: &mut [u8]) -> Result<(), Unmapped> {
+        while !data.is_empty() {
+            let (slice, mapping_len) = {
+                let (host, left) = self.host(iova, Access::READ)?;
+                let len = data.len().min(usize::try_from(left).unwrap_or(usize::MAX));
+                // SAFETY: `host` returned `left >= len` bytes from there on that belong to a mapping which
+                // `self.last` keeps mapped while the slice, which does not leave this loop, is used.
+                (unsafe { VolatileSlice::new(host, len) }, len)
+            };
+            let (head, tail) = data.split_at_mut(mapping_len);
+            slice.copy_to(head);
+            data = tail;
+            iova = iova.wrapping_add(mapping_len as u64);
+            if iova == 0 && !data.is_empty() {
+                return Err(Unmapped::Nowhere { iova });
+            }
+        }
+        Ok(())
+    }
+
+    /// Copies `data` into guest memory.
+    ///
+    /// # Errors
+    /// If a byte is not mapped for writing; bytes before it may have been written.
+    pub fn write(&mut self, iova: u64, data: &[u8]) -> Result<(), Unmapped> {
+        let mut buffers = PinnedBuffers::default();
+        self.pin(iova, data.len() as u64, Access::WRITE, &mut buffers)?;
+        buffers.copy_from_slice(0, data);
+        Ok(())
+    }
+
+    /// Adds the range's bytes to `buffers`, in pieces where it crosses mappings.
+    ///
+    /// # Errors
+    /// If a byte is not mapped for this access; `buffers` may then hold a part of the range.
+    #[inline]
+    pub fn pin(
+        &mut self,
+        mut iova: u64,
+        mut len: u64,
+        access: Access,
+        buffers: &mut PinnedBuffers,
+    ) -> Result<(), Unmapped> {
+        while len > 0 {
+            let (host, left) = self.host(iova, access)?;
+            let piece = len.min(left);
+            if let Some(mapping) = &self.last {
+                // SAFETY: `host` was given out by `self.last` for `left >= piece` bytes and this access.
+                unsafe { buffers.push(host, piece as usize, access.write, mapping) };
+            }
+            len -= piece;
+            iova = iova.wrapping_add(piece);
+            if iova == 0 && len > 0 {
+                return Err(Unmapped::Nowhere { iova });
+            }
+        }
+        Ok(())
+    }
+
+    /// Sets the byte at `iova` apart, to be written by [`PinnedBuffers::write_trailer`].
+    ///
+    /// # Errors
+    /// If it is not mapped for writing.
+    #[inline]
+    pub fn pin_trailer(&mut self, iova: u64, buffers: &mut PinnedBuffers) -> Result<(), Unmapped> {
+        let (host, _) = self.host(iova, Access::WRITE)?;
+        if let Some(mapping) = &self.last {
+            // SAFETY: `host` was given out by `self.last` for writing.
+            unsafe { buffers.set_trailer(host, mapping) };
+        }
+        Ok(())
+    }
+
+    /// Host address of `iova` and how many bytes follow there; `self.last` is then its mapping.
+    #[inline]
+    fn host(&mut self, iova: u64, access: Access) -> Result<(*mut u8, u64), Unmapped> {
+        if let Some(found) = self.last.as_ref().and_then(|last| last.host(iova, access)) {
+            return Ok(found);
+        }
+        self.look_up(iova, access)
+    }
+
+    #[cold]
+    fn look_up(&mut self, iova: u64, access: Access) -> Result<(*mut u8, u64), Unmapped> {
+        if self.table.find(iova).is_none() {
+            // Mapped since this snapshot was taken, perhaps: the client was told so before the guest used it.
+            self.table = self.shared.load();
+        }
+        let mapping = self.table.find(iova).ok_or(Unmapped::Nowhere { iova })?;
+        if !mapping.is_reachable() {
+            return Err(Unmapped::NotShared { iova });
+        }
+        let found = mapping.host(iova, access).ok_or(Unmapped::Nowhere { iova })?;
+        self.last = Some(Arc::clone(mapping));
+        Ok(found)
+    }
+
+    /// The mapping that holds `iova`, in the newest snapshot.
+    pub(super) fn mapping(&mut self, iova: u64, access: Access) -> Result<&Arc<Mapping>, Unmapped> {
+        self.host(iova, access)?;
+        self.last.as_ref().ok_or(Unmapped::Nowhere { iova })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::memory::testing::memory_file;
+
+    /// Two adjacent mappings of two files, a gap, then one without a file.
+    fn pieces() -> (Arc<SharedTable>, GuestMemory) {
+        let shared = Arc::new(SharedTable::default());
+        for (iova, file_offset) in [(0x1000, 0x1000), (0x2000, 0)] {
+            let mapping = Mapping::of_file(iova, 0x1000, Access::READ_WRITE, memory_file(0x2000), file_offset).unwrap();
+            shared.map(mapping).unwrap();
+        }
+        shared.map(Mapping::unreachable(0x8000, 0x1000, Access::READ_WRITE).unwrap()).unwrap();
+        let memory = GuestMemory::new(Arc::clone(&shared));
+        (shared, memory)
+    }
+
+    #[test]
+    fn a_range_crosses_adjacent_mappings() {
+        let (_, mut memory) = pieces();
+        let data: Vec<u8> = (0..=255).collect();
+        memory.write(0x1f80, &data).unwrap();
+        let mut back = [0; 256];
+        memory.read(0x1f80, &mut back).unwrap();
+        assert_eq!(back[..], data[..]);
+        let mut buffers = PinnedBuffers::default();
+        memory.pin(0x1f80, 256, Access::READ, &mut buffers).unwrap();
+        assert_eq!(buffers.iovecs().iter().map(|iovec| iovec.iov_len).collect::<Vec<_>>(), [128, 128]);
+    }
+
+    #[test]
+    fn what_is_not_mapped_is_refused() {
+        let (shared, mut memory) = pieces();
+        let mut bytes = [0; 32];
+        assert_eq!(memory.read(0xff0, &mut bytes), Err(Unmapped::Nowhere { iova: 0xff0 }));
+        assert_eq!(memory.read(0x2ff0, &mut bytes), Err(Unmapped::Nowhere { iova: 0x3000 }));
+        assert_eq!(memory.read(0x8000, &mut bytes), Err(Unmapped::NotShared { iova: 0x8000 }));
+        // The very end of the address space: no byte follows the last one.
+        let last = Mapping::of_file(0xffff_ffff_ffff_f000, 0x1000, Access::READ, memory_file(0x1000), 0).unwrap();
+        shared.map(last).unwrap();
+        shared.map(Mapping::of_file(0, 0x1000, Access::READ, memory_file(0x1000), 0).unwrap()).unwrap();
+        assert_eq!(memory.read(u64::MAX - 15, &mut bytes), Err(Unmapped::Nowhere { iova: 0 }));
+        assert_eq!(memory.read(u64::MAX - 31, &mut bytes), Ok(()));
+        assert!(memory.write(u64::MAX - 31, &bytes).is_err(), "mapped for reading only");
+    }
+
+    #[test]
+    fn additions_are_found_and_removals_wait_for_a_refresh() {
+        let (shared, mut memory) = pieces();
+        shared.map(Mapping::of_file(0x4000, 0x1000, Access::READ, memory_file(0x1000), 0).unwrap()).unwrap();
+        memory.read(0x4000, &mut [0; 8]).unwrap();
+        let gone = shared.unmap(0x4000, 0x4fff).unwrap();
+        let release = gone[0].release();
+        drop(gone);
+        memory.read(0x4000, &mut [0; 8]).unwrap();
+        assert!(!release.wait(std::time::Instant::now()), "the view still holds it");
+        memory.refresh();
+        assert!(release.wait(std::time::Instant::now()));
+        assert!(memory.read(0x4000, &mut [0; 8]).is_err());
+    }
+}

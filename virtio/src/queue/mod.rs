@@ -1,0 +1,15 @@
+//! Split virtqueues, the device's side (virtio 1.3 §2.7).
+//!
+//! - [`ring`](self): the shared memory and everything about ordering; the only fences of this crate's data path.
+//! - [`SplitQueue`]: positions, batches, who is in flight.
+//! - [`Chain`]: the walk over descriptors.
+//! - [`event_idx`]: was the index crossed that the other side waits for?
+
+mod chain;
+pub mod event_idx;
+mod ring;
+mod split;
+
+pub use chain::{Chain, ChainError, MAX_DESCRIPTORS, Segment};
+pub use ring::{Armed, Descriptor, Field, RingMemory, Signal};
+pub use split::{Head, QueueError, QueueState, RingFeatures, SplitQueue};
