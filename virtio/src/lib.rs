@@ -5,3 +5,4 @@ pub mod block;
 pub mod device;
 pub mod memory;
 pub mod queue;
+pub mod transport;

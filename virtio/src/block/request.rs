@@ -170,7 +170,8 @@ pub fn parse(
             }
             read_bytes_of(memory, data_out(), &mut range)?;
             match check_range(kind, &range, limits) {
-                Ok(operation) => Request::Store { operation, written: 1 },
+                Ok(None) => DONE(Status::Ok),
+                Ok(Some(operation)) => Request::Store { operation, written: 1 },
                 Err(status) => DONE(status),
             }
         }
@@ -189,8 +190,8 @@ fn check_transfer(data: impl Iterator<Item = Segment>, sector: u64, limits: &Lim
     u32::try_from(len).ok().filter(|len| *len < u32::MAX).ok_or(Status::IoErr)
 }
 
-/// The one range of a discard or a write-zeroes request (§5.2.6.2).
-fn check_range(kind: u32, range: &[u8], limits: &Limits<'_>) -> Result<Operation, Status> {
+/// The one range of a discard or a write-zeroes request (§5.2.6.2); `None` if it is empty.
+fn check_range(kind: u32, range: &[u8], limits: &Limits<'_>) -> Result<Option<Operation>, Status> {
     let (sector, sectors, flags) = (long(range, 0), word(range, 8), word(range, 12));
     let discard = kind == VIRTIO_BLK_T_DISCARD;
     let (most, known_flags) = if discard {
@@ -208,11 +209,11 @@ fn check_range(kind: u32, range: &[u8], limits: &Limits<'_>) -> Result<Operation
     if sectors > most || !fits {
         return Err(Status::IoErr);
     }
-    Ok(if discard {
+    Ok((sectors > 0).then_some(if discard {
         Operation::Discard { sector, sectors }
     } else {
         Operation::WriteZeroes { sector, sectors, unmap: flags != 0 }
-    })
+    }))
 }
 
 fn pin(
@@ -468,6 +469,7 @@ mod tests {
         let (failed, unsupported) = (done(Status::IoErr, 1), done(Status::Unsupp, 1));
         for (kind, sector, sectors, flags, len, expected) in [
             (discard, 900, 100, 0, 16, ok_discard),
+            (discard, 1000, 0, 0, 16, done(Status::Ok, 1)),
             (discard, 900, 101, 0, 16, failed),
             (discard, 901, 100, 0, 16, failed),
             (discard, u64::MAX, 1, 0, 16, failed),

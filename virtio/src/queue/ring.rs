@@ -103,6 +103,12 @@ pub(super) struct SplitRing<M> {
     event_idx: bool,
 }
 
+impl<M> SplitRing<M> {
+    pub(super) fn with_memory<N>(self, memory: N) -> SplitRing<N> {
+        SplitRing { memory, event_idx: self.event_idx }
+    }
+}
+
 impl<M: RingMemory> SplitRing<M> {
     pub(super) fn new(memory: M, event_idx: bool) -> Self {
         Self { memory, event_idx }

@@ -85,6 +85,28 @@ pub struct SplitQueue<M> {
     in_flight: Box<[u64]>,
 }
 
+impl<M> SplitQueue<M> {
+    /// The same queue over other memory of the same size, or over none (`()`): where its areas have moved in our
+    /// address space, or are gone from it for a while. Requests in flight stay so.
+    pub fn with_memory<N>(self, memory: N) -> SplitQueue<N> {
+        SplitQueue {
+            ring: self.ring.with_memory(memory),
+            indirect_desc: self.indirect_desc,
+            next_avail: self.next_avail,
+            avail_idx: self.avail_idx,
+            next_used: self.next_used,
+            decided: self.decided,
+            armed: self.armed,
+            in_flight: self.in_flight,
+        }
+    }
+
+    /// Where the device stands.
+    pub fn state(&self) -> QueueState {
+        QueueState { next_avail: self.next_avail, next_used: self.next_used }
+    }
+}
+
 impl<M: RingMemory> SplitQueue<M> {
     /// A queue over `memory`, which stands where `state` says.
     pub fn new(memory: M, features: RingFeatures, state: QueueState) -> Self {
@@ -109,11 +131,6 @@ impl<M: RingMemory> SplitQueue<M> {
     /// Entries.
     pub fn size(&self) -> u16 {
         self.ring.size()
-    }
-
-    /// Where the device stands.
-    pub fn state(&self) -> QueueState {
-        QueueState { next_avail: self.next_avail, next_used: self.next_used }
     }
 
     /// Takes the next request, if there is one, and fills `chain` with its buffers.
@@ -214,6 +231,9 @@ mod tests {
     const WRITE: u16 = 2;
     const INDIRECT: u16 = 4;
 
+    /// A descriptor as (addr, len, flags, next).
+    type Fields = (u64, u32, u16, u16);
+
     /// A queue of 8 entries and the driver's hand on its memory.
     struct Rig {
         memory: GuestMemory,
@@ -236,7 +256,7 @@ mod tests {
             self.queue.memory().load(field, Relaxed)
         }
 
-        fn describe(&mut self, table: u64, index: u64, (addr, len, flags, next): (u64, u32, u16, u16)) {
+        fn describe(&mut self, table: u64, index: u64, (addr, len, flags, next): Fields) {
             let mut bytes = addr.to_le_bytes().to_vec();
             bytes.extend(len.to_le_bytes());
             bytes.extend(flags.to_le_bytes());
@@ -296,7 +316,7 @@ mod tests {
     #[test]
     fn broken_chains_are_refused() {
         use ChainError::*;
-        let bad = |descriptors: &[(u64, u64, (u64, u32, u16, u16))]| {
+        let bad = |descriptors: &[(u64, u64, Fields)]| {
             let mut rig = Rig::new(EVENT_IDX);
             for (table, index, descriptor) in descriptors {
                 rig.describe(*table, *index, *descriptor);
