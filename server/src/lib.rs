@@ -1,1 +1,17 @@
-//! Placeholder.
+//! A user-space vfio-user server that presents a virtio-blk PCI function to QEMU's `vfio-user-pci` device and to any
+//! other client of the protocol.
+//!
+//! [`Server`] opens the devices of a [`config::ServerConfig`] and serves them until it is told to stop. ARCHITECTURE.md,
+//! beside the sources, follows one request from the doorbell to the interrupt.
+
+pub mod backend;
+mod block;
+pub mod config;
+mod device;
+mod listener;
+mod server;
+mod session;
+mod worker;
+
+pub use listener::ListenError;
+pub use server::{OpenError, ServeError, Server, StopHandle};

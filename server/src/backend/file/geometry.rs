@@ -1,0 +1,157 @@
+//! What a file or a block device says of itself.
+
+use std::fs::{self, File, Metadata};
+use std::io;
+use std::mem::MaybeUninit;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::{FileExt, MetadataExt};
+
+use nix::sys::stat::{major, minor};
+
+use crate::backend::SECTOR;
+
+/// Bytes of the largest block that we move past the page cache.
+pub(super) const MAX_ALIGNMENT: usize = 4096;
+
+/// As many bytes as the largest alignment, aligned like that.
+#[derive(Clone)]
+#[repr(C, align(4096))]
+pub(super) struct Page(pub(super) [u8; MAX_ALIGNMENT]);
+
+impl Page {
+    pub(super) const ZERO: Self = Self([0; MAX_ALIGNMENT]);
+}
+
+mod ioctl {
+    //! From linux/fs.h.
+    nix::ioctl_read!(blkgetsize64, 0x12, 114, libc::size_t);
+    nix::ioctl_read_bad!(blksszget, nix::request_code_none!(0x12, 104), libc::c_int);
+    nix::ioctl_read_bad!(blkpbszget, nix::request_code_none!(0x12, 123), libc::c_uint);
+    nix::ioctl_read_bad!(blkioopt, nix::request_code_none!(0x12, 121), libc::c_uint);
+}
+
+/// A block device.
+pub(super) struct Device {
+    /// Bytes.
+    pub(super) capacity: u64,
+    /// Bytes.
+    pub(super) logical_block_size: u32,
+    /// Bytes.
+    pub(super) physical_block_size: u32,
+    /// Bytes; 0 if it has none.
+    pub(super) optimal_io_size: u32,
+    /// Whether it can free blocks such that they read as zeroes.
+    pub(super) frees: bool,
+}
+
+impl Device {
+    pub(super) fn of(file: &File, metadata: &Metadata) -> io::Result<Self> {
+        let fd = file.as_raw_fd();
+        let (mut capacity, mut logical, mut physical, mut optimal) = (0u64, 512, 512, 0);
+        // SAFETY: each writes a number of the type that it is declared with, to a variable of that type; on 64-bit
+        // machines, which vm-memory needs, a size_t is a u64.
+        unsafe {
+            ioctl::blkgetsize64(fd, (&raw mut capacity).cast())?;
+            ioctl::blksszget(fd, &raw mut logical)?;
+            ioctl::blkpbszget(fd, &raw mut physical)?;
+            ioctl::blkioopt(fd, &raw mut optimal)?;
+        }
+        Ok(Self {
+            capacity,
+            logical_block_size: u32::try_from(logical).unwrap_or(SECTOR as u32),
+            physical_block_size: physical,
+            optimal_io_size: optimal,
+            frees: frees(metadata.rdev()),
+        })
+    }
+}
+
+/// Whether a hole that is punched in the device reaches it as "write zeroes, and unmap".
+fn frees(device: u64) -> bool {
+    let device = format!("/sys/dev/block/{}:{}", major(device), minor(device));
+    // A partition has no queue of its own.
+    ["queue", "../queue"].iter().any(|queue| {
+        fs::read_to_string(format!("{device}/{queue}/write_zeroes_max_bytes"))
+            .is_ok_and(|bytes| bytes.trim().parse().is_ok_and(|bytes: u64| bytes > 0))
+    })
+}
+
+/// What direct I/O on a file asks for; powers of two, in bytes, up to [`MAX_ALIGNMENT`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Alignment {
+    /// Of addresses in memory.
+    pub(super) memory: usize,
+    /// Of offsets in the file and lengths, each piece's too.
+    pub(super) offset: usize,
+}
+
+impl Alignment {
+    /// Of a file that was opened for direct I/O; `None` if that does not work in blocks as small as ours.
+    pub(super) fn of(file: &File, capacity: u64) -> Option<Self> {
+        let alignment = Self::told(file).unwrap_or_else(|| Self::tried(file, capacity))?;
+        // Requests have whole sectors. Blocks between a sector and a page are taken for a page: see the module `file` for
+        // what must not share one.
+        let offset =
+            if alignment.offset <= SECTOR as usize { SECTOR as usize } else { alignment.offset.max(MAX_ALIGNMENT) };
+        let possible = |bytes: usize| bytes.is_power_of_two() && bytes <= MAX_ALIGNMENT;
+        (possible(alignment.memory) && possible(offset)).then_some(Self { offset, ..alignment })
+    }
+
+    /// Whether memory can be moved as it lies.
+    pub(super) fn fits(self, pieces: &[libc::iovec]) -> bool {
+        let (memory, len) = (self.memory - 1, self.offset - 1);
+        pieces.iter().fold(0, |bits, piece| bits | piece.iov_base.addr() & memory | piece.iov_len & len) == 0
+    }
+
+    /// As the file system tells; `None` if it does not (before Linux 6.1), `Some(None)` if it has no direct I/O.
+    fn told(file: &File) -> Option<Option<Self>> {
+        let mut statx = MaybeUninit::<libc::statx>::zeroed();
+        // SAFETY: the path is a C string, empty as AT_EMPTY_PATH wants it; the result goes to a struct of that type.
+        let result = unsafe {
+            libc::statx(file.as_raw_fd(), c"".as_ptr(), libc::AT_EMPTY_PATH, libc::STATX_DIOALIGN, statx.as_mut_ptr())
+        };
+        // SAFETY: it consists of integers, which were zeroed, and perhaps written.
+        let statx = unsafe { statx.assume_init() };
+        if result != 0 || statx.stx_mask & libc::STATX_DIOALIGN == 0 {
+            return None;
+        }
+        let (memory, offset) = (statx.stx_dio_mem_align as usize, statx.stx_dio_offset_align as usize);
+        Some((memory > 0 && offset > 0).then_some(Self { memory, offset }))
+    }
+
+    /// The smallest with which a read is not refused.
+    fn tried(file: &File, capacity: u64) -> Option<Self> {
+        let mut pages = [Page::ZERO, Page::ZERO];
+        [512, 1024, 2048, MAX_ALIGNMENT]
+            .into_iter()
+            .find(|align| {
+                // At an address and an offset that have this alignment and, but for the last, no greater one.
+                let [first, second] = &mut pages;
+                let piece = first.0.get_mut(*align..2 * align).unwrap_or(&mut second.0);
+                let offset = if capacity >= 2 * *align as u64 { *align as u64 } else { 0 };
+                // Other errors are the storage's, which took no offence at the alignment.
+                !matches!(file.read_at(piece, offset), Err(error) if error.raw_os_error() == Some(libc::EINVAL))
+            })
+            .map(|align| Self { memory: align, offset: align })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::OpenOptionsExt;
+
+    use super::*;
+
+    #[test]
+    fn trying_agrees_with_being_told() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("image");
+        fs::write(&path, [7; 16384]).unwrap();
+        let file = fs::OpenOptions::new().read(true).custom_flags(libc::O_DIRECT).open(path).unwrap();
+        let tried = Alignment::tried(&file, 16384).unwrap();
+        if let Some(told) = Alignment::told(&file) {
+            let told = told.unwrap();
+            assert_eq!(tried.offset, told.offset.max(told.memory));
+        }
+    }
+}

@@ -1,0 +1,153 @@
+//! Blocks in a file or a block device, through io_uring.
+//!
+//! With [`Cache::None`] the data goes past the page cache (`O_DIRECT`), which has rules about alignment that a guest need
+//! not know. Requests that break them are served nevertheless, in one of two ways:
+//! - Where only the guest's memory is not aligned, through aligned memory of our own.
+//! - Where offset or length is no multiple of the store's block, through a second descriptor that uses the page
+//!   cache. The kernel keeps the two coherent: a direct read first writes back what the cache holds dirty of its range, a
+//!   direct write drops what the cache holds of it, before and after. What it cannot keep coherent are a direct and
+//!   a buffered write of *different* parts of one page at the same time, since the buffered one brings the whole page with it. There are
+//!   none: where a block is as large as a page, a direct write that shares a page with another request shares
+//!   bytes with it, which no guest expects to work; where it is a sector, every request is a multiple of it. (With
+//!   pages above 4096 bytes, and blocks larger than a sector, guests do have to keep to the blocks.) Nor does the cache
+//!   read ahead, which would bring neighbours in.
+//!
+//! The second reason is why unaligned memory must not take the second way: its neighbours in the page may be in flight.
+
+mod error;
+mod geometry;
+mod open;
+mod transfer;
+
+use std::fs::File;
+use std::io;
+use std::path::PathBuf;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+
+use nix::fcntl::Flock;
+
+pub use error::{OpenError, OpenFailure};
+use geometry::Alignment;
+use transfer::{Shared, Transfer};
+
+use super::uring::{Client, Uring};
+use super::{Backend, Completion, Full, Io, Store, StoreInfo};
+
+/// Which way the data goes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Cache {
+    /// Past the page cache, where the file system allows; where it does not, a line in the log says so.
+    #[default]
+    None,
+    /// Through the page cache.
+    Writeback,
+    /// Through the page cache. That writes are on stable storage when they complete is the caller's part, who marks each
+    /// as durable; to the store it is the same as `Writeback`.
+    Writethrough,
+}
+
+/// What to open, and how.
+#[derive(Clone, Debug)]
+pub struct FileOptions {
+    /// A regular file or a block device.
+    pub path: PathBuf,
+    /// Whether to refrain from all changes.
+    pub read_only: bool,
+    /// Which way the data goes.
+    pub cache: Cache,
+    /// Bytes: what a file that exists must have, and a sparse file is created with if there is none.
+    pub size: Option<u64>,
+}
+
+/// A file or a block device.
+///
+/// Flush and durable writes are as durable as `fdatasync` and `RWF_DSYNC` on it.
+#[derive(Debug)]
+pub struct FileStore(Arc<Opened>);
+
+#[derive(Debug)]
+struct Opened {
+    /// Goes through the page cache.
+    file: File,
+    /// Goes past it.
+    direct: Option<Direct>,
+    info: StoreInfo,
+    /// Whether the file has said that it cannot free bytes.
+    no_punch_hole: AtomicBool,
+    /// Whether the file has said that it cannot zero bytes.
+    no_zero_range: AtomicBool,
+    /// Held against other servers of the same file.
+    _lock: Option<Flock<File>>,
+}
+
+#[derive(Debug)]
+struct Direct {
+    file: File,
+    alignment: Alignment,
+}
+
+impl Opened {
+    /// What a range of the file can be moved by past the page cache.
+    fn direct_for(&self, offset: u64, len: u64) -> Option<&Direct> {
+        let fits = |direct: &&Direct| (offset | len) & (direct.alignment.offset as u64 - 1) == 0;
+        self.direct.as_ref().filter(fits)
+    }
+}
+
+impl FileStore {
+    /// Opens a store, or creates it.
+    ///
+    /// A writable block device is opened exclusively, so that one which is mounted is refused; a regular file is
+    /// locked (`flock`) against other servers, where its file system has locks.
+    ///
+    /// # Errors
+    /// If it cannot be served.
+    pub fn open(options: &FileOptions) -> Result<Self, OpenError> {
+        match Opened::new(options) {
+            Ok(opened) => Ok(Self(Arc::new(opened))),
+            Err(reason) => Err(OpenError { path: options.path.clone(), reason }),
+        }
+    }
+}
+
+impl Store for FileStore {
+    fn info(&self) -> StoreInfo {
+        self.0.info.clone()
+    }
+
+    fn attach(&self, ring: &Rc<Uring>) -> io::Result<Box<dyn Backend>> {
+        Ok(Box::new(FileBackend { client: Client::new(ring, Shared::new(&self.0))? }))
+    }
+
+    fn flush(&self) -> io::Result<()> {
+        self.0.file.sync_data()
+    }
+}
+
+struct FileBackend {
+    client: Client<Transfer>,
+}
+
+impl Backend for FileBackend {
+    fn submit(&mut self, io: Io) -> Result<(), Full> {
+        let transfer = Transfer::new(io, self.client.context());
+        self.client.start(transfer).map_err(|transfer| Full(transfer.into_io()))
+    }
+
+    fn commit(&mut self) {
+        self.client.commit();
+    }
+
+    fn reap(&mut self, done: &mut Vec<Completion>) {
+        self.client.reap(|transfer| done.push(transfer.into_completion()));
+    }
+
+    fn in_flight(&self) -> usize {
+        self.client.in_flight()
+    }
+}
+
+#[cfg(test)]
+mod tests;

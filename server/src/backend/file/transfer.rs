@@ -1,0 +1,310 @@
+//! One operation on a file, from its first entry in the ring to its last.
+
+use std::cell::RefCell;
+use std::io;
+use std::os::fd::AsRawFd;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use io_uring::types::{Fd, FsyncFlags};
+use io_uring::{opcode, squeue};
+use virtio::memory::PinnedBuffers;
+
+use super::Opened;
+use super::geometry::Page;
+use crate::backend::uring::{Operation, Step};
+use crate::backend::{Completion, Io, Op};
+
+/// Pieces of a scatter list that the kernel takes at once (`UIO_MAXIOV`).
+const MAX_PIECES: usize = 1024;
+
+/// Bytes that the kernel moves at once (`MAX_RW_COUNT`). It cuts larger scatter lists off there by itself.
+const MAX_BYTES: usize = 0x7fff_f000;
+
+/// How often an entry that the kernel interrupted, or had no resources for, is tried again.
+const MAX_RETRIES: u8 = 100;
+
+/// Pages of a bounce buffer: 64 KiB.
+const BOUNCE_PAGES: usize = 16;
+
+/// Bounce buffers that a backend keeps for later.
+const SPARE_BOUNCES: usize = 16;
+
+/// Where written zeroes come from, 1 MiB at a time.
+static ZEROES: [Page; 256] = [const { Page::ZERO }; 256];
+
+/// What the operations of one backend share.
+#[derive(Clone)]
+pub(super) struct Shared(Rc<Resources>);
+
+struct Resources {
+    opened: Arc<Opened>,
+    bounces: RefCell<Vec<Bounce>>,
+}
+
+impl Shared {
+    pub(super) fn new(opened: &Arc<Opened>) -> Self {
+        Self(Rc::new(Resources { opened: Arc::clone(opened), bounces: RefCell::default() }))
+    }
+
+    fn take_bounce(&self) -> Bounce {
+        self.0.bounces.borrow_mut().pop().unwrap_or_else(|| Bounce(vec![Page::ZERO; BOUNCE_PAGES]))
+    }
+
+    fn give_bounce_back(&self, bounce: Bounce) {
+        let mut bounces = self.0.bounces.borrow_mut();
+        if bounces.len() < SPARE_BOUNCES {
+            bounces.push(bounce);
+        }
+    }
+}
+
+/// Aligned memory in place of guest memory that is not.
+struct Bounce(Vec<Page>);
+
+impl Bounce {
+    const LEN: usize = BOUNCE_PAGES * size_of::<Page>();
+
+    /// Takes the first bytes of the buffers, as many as fit.
+    fn fill(&mut self, buffers: &PinnedBuffers) {
+        for (page, offset) in self.0.iter_mut().zip((0..).step_by(size_of::<Page>())) {
+            buffers.copy_to_slice(offset, &mut page.0);
+        }
+    }
+
+    /// Puts its first `len` bytes into the buffers.
+    fn empty(&self, mut len: usize, buffers: &PinnedBuffers) {
+        for (page, offset) in self.0.iter().zip((0..).step_by(size_of::<Page>())) {
+            let (bytes, _) = page.0.split_at(len.min(page.0.len()));
+            buffers.copy_from_slice(offset, bytes);
+            len -= bytes.len();
+        }
+    }
+
+    fn iovec(&mut self, len: u64) -> libc::iovec {
+        libc::iovec { iov_base: self.0.as_mut_ptr().cast(), iov_len: len.min(Self::LEN as u64) as usize }
+    }
+}
+
+/// What the entry in the ring does, or the next one.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Work {
+    /// Between the buffers and the file.
+    Move,
+    /// Frees bytes, which read as zero from then on.
+    PunchHole,
+    /// Makes bytes zero.
+    ZeroRange,
+    /// Writes zeroes, where the file cannot be told to make some.
+    WriteZeroes,
+    /// Puts what was written on stable storage.
+    Sync,
+}
+
+/// One operation.
+pub(super) struct Transfer {
+    io: Io,
+    work: Work,
+    /// Bytes that entries have moved before.
+    moved: u64,
+    /// In use by the last entry, if that had to.
+    bounce: Option<Bounce>,
+    retries: u8,
+    /// The error it has ended with.
+    errno: Option<i32>,
+}
+
+impl Transfer {
+    pub(super) fn new(io: Io, shared: &Shared) -> Self {
+        let work = match io.op {
+            Op::Read { .. } | Op::Write { .. } => Work::Move,
+            Op::Flush => Work::Sync,
+            Op::Discard { .. } => Work::PunchHole,
+            Op::WriteZeroes { unmap, .. } => zeroing(&shared.0.opened, unmap),
+        };
+        Self { io, work, moved: 0, bounce: None, retries: 0, errno: None }
+    }
+
+    pub(super) fn into_io(self) -> Io {
+        self.io
+    }
+
+    pub(super) fn into_completion(self) -> Completion {
+        Completion { io: self.io, result: self.errno.map_or(Ok(()), |errno| Err(io::Error::from_raw_os_error(errno))) }
+    }
+
+    /// The first byte in the file that is left to do, and how many there are.
+    fn left(&self) -> (u64, u64) {
+        match self.io.op {
+            // The buffers lose what was moved.
+            Op::Read { offset } | Op::Write { offset, .. } => {
+                (offset.saturating_add(self.moved), self.io.buffers.len())
+            }
+            Op::Discard { offset, len } | Op::WriteZeroes { offset, len, .. } => {
+                (offset.saturating_add(self.moved), len.saturating_sub(self.moved))
+            }
+            Op::Flush => (0, 0),
+        }
+    }
+
+    /// Reads or writes `pieces`, or as many of them as the kernel takes at once.
+    fn move_pieces(&self, fd: Fd, offset: u64, pieces: &[libc::iovec]) -> squeue::Entry {
+        let count = pieces.len().min(MAX_PIECES) as u32;
+        let flags = if matches!(self.io.op, Op::Write { durable: true, .. }) { libc::RWF_DSYNC } else { 0 };
+        let clamp = |piece: &libc::iovec| piece.iov_len.min(MAX_BYTES) as u32;
+        match (self.io.op, pieces) {
+            (Op::Write { .. }, [piece]) => {
+                opcode::Write::new(fd, piece.iov_base.cast(), clamp(piece)).offset(offset).rw_flags(flags).build()
+            }
+            (Op::Write { .. }, _) => {
+                opcode::Writev::new(fd, pieces.as_ptr(), count).offset(offset).rw_flags(flags).build()
+            }
+            (_, [piece]) => opcode::Read::new(fd, piece.iov_base.cast(), clamp(piece)).offset(offset).build(),
+            (_, _) => opcode::Readv::new(fd, pieces.as_ptr(), count).offset(offset).build(),
+        }
+    }
+
+    fn move_entry(&mut self, shared: &Shared) -> squeue::Entry {
+        let opened = &*shared.0.opened;
+        let (offset, len) = self.left();
+        let direct = opened.direct_for(offset, len);
+        if let Some(direct) = direct
+            && !direct.alignment.fits(self.io.buffers.iovecs())
+        {
+            let mut bounce = self.bounce.take().unwrap_or_else(|| shared.take_bounce());
+            if matches!(self.io.op, Op::Write { .. }) {
+                bounce.fill(&self.io.buffers);
+            }
+            let entry = self.move_pieces(Fd(direct.file.as_raw_fd()), offset, &[bounce.iovec(len)]);
+            self.bounce = Some(bounce);
+            return entry;
+        }
+        self.bounce.take().into_iter().for_each(|bounce| shared.give_bounce_back(bounce));
+        let file = direct.map_or(&opened.file, |direct| &direct.file);
+        self.move_pieces(Fd(file.as_raw_fd()), offset, self.io.buffers.iovecs())
+    }
+
+    /// `bytes` bytes of a read or write have been moved.
+    fn moved(&mut self, bytes: usize) -> Step {
+        let (_, left) = self.left();
+        if let (Some(bounce), Op::Read { .. }) = (&self.bounce, self.io.op) {
+            bounce.empty(bytes, &self.io.buffers);
+        }
+        match bytes as u64 {
+            bytes if bytes >= left => Step::Over,
+            // The file has become shorter than it was.
+            0 => self.fail(libc::EIO),
+            bytes => {
+                self.io.buffers.advance(bytes);
+                self.moved = self.moved.saturating_add(bytes);
+                Step::Again
+            }
+        }
+    }
+
+    /// `bytes` zeroes have been written.
+    fn zeroed(&mut self, bytes: u64) -> Step {
+        let (_, left) = self.left();
+        self.moved = self.moved.saturating_add(bytes);
+        match bytes {
+            bytes if bytes >= left => self.settle(),
+            0 => self.fail(libc::EIO),
+            _ => Step::Again,
+        }
+    }
+
+    /// All is done, but for stable storage where zeroes are to be there.
+    fn settle(&mut self) -> Step {
+        match self.io.op {
+            Op::WriteZeroes { durable: true, .. } => self.go_on(Work::Sync),
+            _ => Step::Over,
+        }
+    }
+
+    fn go_on(&mut self, work: Work) -> Step {
+        self.work = work;
+        Step::Again
+    }
+
+    fn fail(&mut self, errno: i32) -> Step {
+        self.errno = Some(errno);
+        Step::Over
+    }
+
+    fn failed(&mut self, errno: i32, opened: &Opened) -> Step {
+        // Not for all of the file, perhaps: a range that is not made of the device's blocks is invalid.
+        let unable = matches!(errno, libc::EOPNOTSUPP | libc::ENOSYS | libc::ENODEV | libc::EINVAL);
+        let always = unable && errno != libc::EINVAL;
+        match (self.work, self.io.op) {
+            _ if matches!(errno, libc::EINTR | libc::EAGAIN) && self.retries < MAX_RETRIES => {
+                self.retries += 1;
+                Step::Again
+            }
+            (Work::PunchHole, op) if unable => {
+                opened.no_punch_hole.fetch_or(always, Ordering::Relaxed);
+                if matches!(op, Op::Discard { .. }) { Step::Over } else { self.go_on(zeroing(opened, false)) }
+            }
+            (Work::ZeroRange, _) if unable => {
+                opened.no_zero_range.fetch_or(always, Ordering::Relaxed);
+                self.go_on(Work::WriteZeroes)
+            }
+            _ => self.fail(errno),
+        }
+    }
+}
+
+/// How zeroes are made.
+fn zeroing(opened: &Opened, unmap: bool) -> Work {
+    if unmap && !opened.no_punch_hole.load(Ordering::Relaxed) {
+        Work::PunchHole
+    } else if !opened.no_zero_range.load(Ordering::Relaxed) {
+        Work::ZeroRange
+    } else {
+        Work::WriteZeroes
+    }
+}
+
+// SAFETY: entries lead to
+// - the iovecs of the buffers, which lie on the heap, and the guest memory they name, which the buffers pin; both are
+//   changed by `landed` only;
+// - a bounce buffer on the heap, used by `entry` before the kernel has it and by `landed`;
+// - zeroes that are static and only read;
+// - descriptors of `Opened`, which the context shares.
+unsafe impl Operation for Transfer {
+    type Context = Shared;
+
+    fn entry(&mut self, shared: &Shared) -> squeue::Entry {
+        let opened = &*shared.0.opened;
+        let fd = Fd(opened.file.as_raw_fd());
+        let (offset, len) = self.left();
+        match self.work {
+            Work::Move => self.move_entry(shared),
+            Work::PunchHole | Work::ZeroRange => {
+                let how =
+                    if self.work == Work::PunchHole { libc::FALLOC_FL_PUNCH_HOLE } else { libc::FALLOC_FL_ZERO_RANGE };
+                opcode::Fallocate::new(fd, len).offset(offset).mode(how | libc::FALLOC_FL_KEEP_SIZE).build()
+            }
+            Work::WriteZeroes => {
+                let file = opened.direct_for(offset, len).map_or(&opened.file, |direct| &direct.file);
+                let len = len.min(size_of_val(&ZEROES) as u64) as u32;
+                opcode::Write::new(Fd(file.as_raw_fd()), ZEROES.as_ptr().cast(), len).offset(offset).build()
+            }
+            Work::Sync => opcode::Fsync::new(fd).flags(FsyncFlags::DATASYNC).build(),
+        }
+    }
+
+    fn landed(&mut self, shared: &Shared, result: i32) -> Step {
+        let step = match (u32::try_from(result), self.work) {
+            (Ok(bytes), Work::Move) => self.moved(bytes as usize),
+            (Ok(bytes), Work::WriteZeroes) => self.zeroed(u64::from(bytes)),
+            (Ok(_), Work::PunchHole | Work::ZeroRange) => self.settle(),
+            (Ok(_), Work::Sync) => Step::Over,
+            (Err(_), _) => self.failed(result.saturating_neg(), &shared.0.opened),
+        };
+        if matches!(step, Step::Over) {
+            self.bounce.take().into_iter().for_each(|bounce| shared.give_bounce_back(bounce));
+        }
+        step
+    }
+}

@@ -1,0 +1,140 @@
+//! Blocks in memory: gone with the process, and as fast as memory can be copied.
+
+use std::io;
+use std::ptr::{self, NonNull};
+use std::rc::Rc;
+use std::sync::Arc;
+
+use nix::sys::mman::{MmapAdvise, madvise};
+use nix::unistd::{SysconfVar, sysconf};
+use vm_memory::{MmapRegion, VolatileMemory, VolatileSlice};
+
+use super::immediate::{Execute, Immediate};
+use super::uring::Uring;
+use super::{Backend, Io, Op, SECTOR, Store, StoreInfo};
+
+/// A RAM disk, zero at first. What was never written, and what was freed since, takes no memory.
+///
+/// It has no stable storage: a flush and a durable write do nothing more than others.
+///
+/// All queues copy from and to the same memory without locks. What becomes of ranges that several requests
+/// work on at the same time is up to the guest, as with any disk.
+#[derive(Debug)]
+pub struct MemoryStore(Arc<Blocks>);
+
+#[derive(Debug)]
+struct Blocks {
+    /// Anonymous and private: only there does `MADV_DONTNEED` mean that pages are freed and read as zeroes. (Shared
+    /// pages would survive it, and take `MADV_REMOVE`, a slower way through the shared memory file system.)
+    region: MmapRegion,
+    page: usize,
+}
+
+impl MemoryStore {
+    /// A store of `capacity` bytes, a multiple of 512 and not zero.
+    ///
+    /// # Errors
+    /// If there can be none of this size.
+    pub fn new(capacity: u64) -> io::Result<Self> {
+        if capacity == 0 || !capacity.is_multiple_of(SECTOR) {
+            let why =
+                format!("a memory store of {capacity} bytes is impossible: it must be a multiple of 512 and not zero");
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, why));
+        }
+        let impossible =
+            |error: &dyn std::fmt::Display| io::Error::other(format!("a memory store of {capacity} bytes: {error}"));
+        let size = usize::try_from(capacity).map_err(|error| impossible(&error))?;
+        let flags = libc::MAP_ANONYMOUS | libc::MAP_PRIVATE | libc::MAP_NORESERVE;
+        let region = MmapRegion::build(None, size, libc::PROT_READ | libc::PROT_WRITE, flags)
+            .map_err(|error| impossible(&error))?;
+        let page = sysconf(SysconfVar::PAGE_SIZE)?.and_then(|page| usize::try_from(page).ok()).unwrap_or(4096);
+        Ok(Self(Arc::new(Blocks { region, page })))
+    }
+}
+
+impl Store for MemoryStore {
+    fn info(&self) -> StoreInfo {
+        StoreInfo {
+            capacity: self.0.region.size() as u64,
+            block_size: SECTOR as u32,
+            physical_block_size: self.0.page as u32,
+            optimal_io_size: 0,
+            read_only: false,
+            discard: true,
+            write_zeroes_unmap: true,
+        }
+    }
+
+    /// Needs no ring of the kernel's.
+    fn attach(&self, _: &Rc<Uring>) -> io::Result<Box<dyn Backend>> {
+        Ok(Box::new(Immediate::new(&self.0)))
+    }
+
+    fn flush(&self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+impl Blocks {
+    /// The blocks of a range; an error where it ends after the store.
+    fn slice(&self, offset: u64, len: u64) -> io::Result<VolatileSlice<'_>> {
+        let (Ok(offset), Ok(len)) = (usize::try_from(offset), usize::try_from(len)) else {
+            return Err(io::ErrorKind::InvalidInput.into());
+        };
+        self.region.get_slice(offset, len).map_err(io::Error::other)
+    }
+
+    /// Calls `copy` with each piece of the buffers and its place in the store.
+    fn each(&self, io: &Io, offset: u64, copy: impl Fn(VolatileSlice<'_>, VolatileSlice<'_>)) -> io::Result<()> {
+        let mut place = self.slice(offset, io.buffers.len())?;
+        for piece in io.buffers.slices() {
+            copy(piece, place);
+            place = place.offset(piece.len()).map_err(io::Error::other)?;
+        }
+        Ok(())
+    }
+
+    fn fill(&self, offset: u64, len: u64) -> io::Result<()> {
+        let slice = self.slice(offset, len)?;
+        // SAFETY: `slice` has checked that the range lies within the region, which is mapped for writing and to which
+        // there are no references.
+        unsafe { ptr::write_bytes(slice.ptr_guard_mut().as_ptr(), 0, slice.len()) };
+        Ok(())
+    }
+
+    /// Frees the whole pages of a range; they read as zeroes afterwards. Says which they were: none if the
+    /// system does not want to.
+    fn free(&self, offset: u64, len: u64) -> io::Result<std::ops::Range<u64>> {
+        self.slice(offset, len)?;
+        let page = self.page as u64;
+        let end = offset + len;
+        let (first, last) = (offset.next_multiple_of(page), end - end % page);
+        if first >= last {
+            return Ok(end..end);
+        }
+        let slice = self.slice(first, last - first)?;
+        let freed = NonNull::new(slice.ptr_guard_mut().as_ptr()).is_some_and(|start| {
+            // SAFETY: whole pages of the region, by `slice`, to which there are no references: losing what they hold is
+            // what was asked for. A thread that reads them meanwhile finds the old bytes or zeroes.
+            unsafe { madvise(start.cast(), slice.len(), MmapAdvise::MADV_DONTNEED) }.is_ok()
+        });
+        Ok(if freed { first..last } else { end..end })
+    }
+}
+
+impl Execute for Blocks {
+    fn execute(&self, io: &Io) -> io::Result<()> {
+        match io.op {
+            Op::Read { offset } => self.each(io, offset, |piece, place| place.copy_to_volatile_slice(piece)),
+            Op::Write { offset, .. } => self.each(io, offset, |piece, place| piece.copy_to_volatile_slice(place)),
+            Op::Flush => Ok(()),
+            Op::Discard { offset, len } => self.free(offset, len).map(drop),
+            Op::WriteZeroes { offset, len, unmap: true, .. } => {
+                let freed = self.free(offset, len)?;
+                self.fill(offset, freed.start - offset)?;
+                self.fill(freed.end, offset.saturating_add(len) - freed.end)
+            }
+            Op::WriteZeroes { offset, len, unmap: false, .. } => self.fill(offset, len),
+        }
+    }
+}

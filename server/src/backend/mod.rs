@@ -1,0 +1,155 @@
+//! Where the blocks live.
+//!
+//! A [`Store`] is what a device opens once: a file, a piece of memory. A [`Backend`] is one queue's access to it, on
+//! the thread of the worker that serves the queue. It knows bytes, offsets and pinned guest memory, and never virtio.
+//!
+//! # The contract
+//!
+//! The caller guarantees that
+//! - offsets and lengths are multiples of 512 bytes and end within [`StoreInfo::capacity`];
+//! - for [`Op::Read`] and [`Op::Write`] the buffers hold as many bytes as are to be moved; for the rest they hold none;
+//! - nothing that changes the store is submitted to one that is [`StoreInfo::read_only`];
+//! - [`commit`](Backend::commit) follows each batch of submissions.
+//!
+//! The backend guarantees that
+//! - each [`Io`] that it took comes back once, in one [`Completion`], by its own token, in any order, and with its buffers;
+//! - buffers and what they pin stay alive until the store is done with them, also when the backend is dropped before;
+//! - a completed read has filled all of its buffers; a completed write is seen by every read submitted after it;
+//! - a completed [`Op::Flush`] has put every write that was completed before it was submitted on stable storage, as has a
+//!   completed write that was `durable` itself; stores without stable storage say so in their documentation;
+//! - what was written as zeroes reads as zeroes; what was discarded reads as anything, the same each time or not;
+//! - no call blocks on the store, and none panics.
+
+#[cfg(test)]
+mod contract;
+pub mod file;
+mod immediate;
+pub mod memory;
+pub mod null;
+pub mod uring;
+
+use std::io;
+use std::rc::Rc;
+
+use virtio::memory::PinnedBuffers;
+
+use uring::Uring;
+
+/// Bytes of a sector, the unit in which virtio counts (virtio 1.3 §5.2).
+pub const SECTOR: u64 = 512;
+
+/// What a store is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct StoreInfo {
+    /// Bytes, a multiple of 512.
+    pub capacity: u64,
+    /// Bytes of the block that the store can read and write without more ado: a power of two from 512 on.
+    pub block_size: u32,
+    /// Bytes of the block that the storage below prefers, `block_size` times a power of two.
+    pub physical_block_size: u32,
+    /// Bytes of a good size for a large transfer; 0 if there is none.
+    pub optimal_io_size: u32,
+    /// Whether nothing may be changed.
+    pub read_only: bool,
+    /// Whether [`Op::Discard`] frees anything.
+    pub discard: bool,
+    /// Whether [`Op::WriteZeroes`] with `unmap` frees anything.
+    pub write_zeroes_unmap: bool,
+}
+
+/// What is to be done.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Op {
+    /// From the store, from byte `offset` on, into the buffers.
+    Read {
+        /// First byte in the store.
+        offset: u64,
+    },
+    /// From the buffers into the store, from byte `offset` on.
+    Write {
+        /// First byte in the store.
+        offset: u64,
+        /// Complete only once the data is on stable storage.
+        durable: bool,
+    },
+    /// Puts all completed writes on stable storage.
+    Flush,
+    /// The bytes are not needed any more.
+    Discard {
+        /// First byte in the store.
+        offset: u64,
+        /// Bytes.
+        len: u64,
+    },
+    /// The bytes become zero.
+    WriteZeroes {
+        /// First byte in the store.
+        offset: u64,
+        /// Bytes.
+        len: u64,
+        /// The store may free them.
+        unmap: bool,
+        /// Complete only once that is on stable storage.
+        durable: bool,
+    },
+}
+
+/// One operation, which owns the guest memory it works on.
+#[derive(Debug)]
+pub struct Io {
+    /// The caller's name for it; not used twice at the same time on one backend.
+    pub token: u16,
+    /// What is to be done.
+    pub op: Op,
+    /// From where or to where; empty but for reads and writes.
+    pub buffers: PinnedBuffers,
+}
+
+/// The end of an [`Io`].
+#[derive(Debug)]
+pub struct Completion {
+    /// The operation, buffers and all. Pieces of the buffers that the store has consumed may be gone from the list.
+    pub io: Io,
+    /// How it went.
+    pub result: Result<(), io::Error>,
+}
+
+/// The store has no room for another operation now; there will be when one has completed.
+#[derive(Debug)]
+pub struct Full(pub Io);
+
+/// A store as it was opened, shared by all queues of a device.
+pub trait Store: Send + Sync {
+    /// What it is.
+    fn info(&self) -> StoreInfo;
+
+    /// One queue's access, on the thread that calls; `ring` is that thread's.
+    ///
+    /// # Errors
+    /// If the system refuses.
+    fn attach(&self, ring: &Rc<Uring>) -> io::Result<Box<dyn Backend>>;
+
+    /// Puts every completed write on stable storage, and waits for that: for the end of a device's service.
+    ///
+    /// # Errors
+    /// If the storage fails.
+    fn flush(&self) -> io::Result<()>;
+}
+
+/// One queue's access to a store; see the [contract](self).
+pub trait Backend {
+    /// Takes an operation.
+    ///
+    /// # Errors
+    /// The operation itself, if there is no room for it now.
+    fn submit(&mut self, io: Io) -> Result<(), Full>;
+
+    /// Starts all that was submitted: at most one system call.
+    fn commit(&mut self);
+
+    /// Adds what has completed to `done`.
+    fn reap(&mut self, done: &mut Vec<Completion>);
+
+    /// Operations that were taken and not yet given back.
+    fn in_flight(&self) -> usize;
+}

@@ -1,0 +1,64 @@
+//! No blocks at all: what everything but the store costs.
+
+use std::io;
+use std::rc::Rc;
+use std::sync::Arc;
+
+use super::immediate::{Execute, Immediate};
+use super::uring::Uring;
+use super::{Backend, Io, SECTOR, Store, StoreInfo};
+
+/// Completes everything at once and does nothing: writes are forgotten, and reads leave the guest's memory as it is.
+///
+/// The one store that does not keep the contract's clauses about data. It offers all operations, so that each way through
+/// the device can be measured.
+#[derive(Debug)]
+pub struct NullStore {
+    capacity: u64,
+}
+
+impl NullStore {
+    /// A store that says it has `capacity` bytes, a multiple of 512 and not zero.
+    ///
+    /// # Errors
+    /// If there can be none of this size.
+    pub fn new(capacity: u64) -> io::Result<Self> {
+        if capacity == 0 || !capacity.is_multiple_of(SECTOR) {
+            let why =
+                format!("a null store of {capacity} bytes is impossible: it must be a multiple of 512 and not zero");
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, why));
+        }
+        Ok(Self { capacity })
+    }
+}
+
+impl Store for NullStore {
+    fn info(&self) -> StoreInfo {
+        StoreInfo {
+            capacity: self.capacity,
+            block_size: SECTOR as u32,
+            physical_block_size: SECTOR as u32,
+            optimal_io_size: 0,
+            read_only: false,
+            discard: true,
+            write_zeroes_unmap: true,
+        }
+    }
+
+    /// Needs no ring of the kernel's.
+    fn attach(&self, _: &Rc<Uring>) -> io::Result<Box<dyn Backend>> {
+        Ok(Box::new(Immediate::new(&Arc::new(Nothing))))
+    }
+
+    fn flush(&self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+struct Nothing;
+
+impl Execute for Nothing {
+    fn execute(&self, _: &Io) -> io::Result<()> {
+        Ok(())
+    }
+}

@@ -1,0 +1,226 @@
+//! A worker thread's way into the kernel, shared by all backends on that thread.
+//!
+//! - [`Uring`]: what the worker holds. It starts what was queued, and sleeps until there is something to do.
+//! - [`Waker`]: ends that sleep, from any thread.
+//! - [`Client`]: one backend's place on the ring, with the operations it has in flight.
+//! - [`Ring`]: the io_uring itself. Where operations outlive their backend, it keeps them.
+//!
+//! # Safety
+//! What an entry of the ring leads to must stay as it is until the kernel is done with it. The argument has three parts:
+//! 1. An [`Operation`] owns (or shares) everything its entry leads to, at addresses that do not change when it is moved.
+//! 2. A [`Client`] keeps each operation in its slot, untouched, until the kernel's completion of its last entry.
+//! 3. A client that is dropped before leaves its operations to the ring, which keeps them until their completions. A ring
+//!    that is dropped before waits for them; what is still in flight after that is never freed.
+
+mod client;
+mod ring;
+
+use std::cell::RefCell;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::rc::Rc;
+use std::sync::Arc;
+
+use nix::errno::Errno;
+use nix::sys::eventfd::{EfdFlags, EventFd};
+
+pub(super) use client::{Client, Operation, Step};
+use ring::Ring;
+
+/// Why there is no ring.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum UringError {
+    /// The kernel was built without it, or a sandbox hides it.
+    #[error(
+        "this kernel offers no io_uring: files need Linux 5.15 or newer, with CONFIG_IO_URING, \
+         and outside of sandboxes that do not implement it (gVisor)"
+    )]
+    Missing,
+    /// The kernel has it, and does not let us.
+    #[error(
+        "io_uring is forbidden here: set the sysctl kernel.io_uring_disabled to 0, and in a container \
+         allow io_uring_setup, io_uring_enter and io_uring_register in its seccomp profile"
+    )]
+    Forbidden,
+    /// The kernel has an early form of it.
+    #[error("the io_uring of this kernel is too old: files need Linux 5.15 or newer")]
+    TooOld,
+    /// No memory for the queues.
+    #[error("there is no memory for an io_uring: raise the memory limit, or the locked memory limit (ulimit -l)")]
+    NoMemory,
+    /// The system refused.
+    #[error("cannot set up an io_uring: {0}")]
+    System(#[source] io::Error),
+}
+
+/// Ends the sleep of one thread in [`Uring::wait`].
+///
+/// A wake is never lost: if the thread does not sleep, its next wait returns at once.
+#[derive(Clone, Debug)]
+pub struct Waker(Arc<EventFd>);
+
+impl Waker {
+    /// A new one, for one ring.
+    ///
+    /// # Errors
+    /// If the system is out of descriptors.
+    pub fn new() -> io::Result<Self> {
+        // Blocking, for a ring reads it: a nonblocking one would answer at once that there is nothing to read.
+        Ok(Self(Arc::new(EventFd::from_value_and_flags(0, EfdFlags::EFD_CLOEXEC)?)))
+    }
+
+    /// Wakes the thread, now or as soon as it wants to sleep.
+    pub fn wake(&self) {
+        // Fails or blocks only when the counter is at its end, 2^64 wakes ahead of a thread that sleeps.
+        if let Err(error) = self.0.write(1) {
+            log::error!("cannot wake a worker: {error}");
+        }
+    }
+
+    /// Sleeps until woken.
+    fn sleep(&self) -> io::Result<()> {
+        match self.0.read() {
+            Ok(_) | Err(Errno::EINTR) => Ok(()),
+            Err(error) => Err(error.into()),
+        }
+    }
+}
+
+impl AsFd for Waker {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+}
+
+/// One thread's io_uring, or its stand-in where there is none.
+#[derive(Debug)]
+pub struct Uring {
+    waker: Waker,
+    ring: Option<Rc<RefCell<Ring>>>,
+}
+
+impl Uring {
+    /// A ring for the thread that calls, which sleeps until `waker` wakes it.
+    ///
+    /// # Errors
+    /// If the kernel offers none.
+    pub fn new(waker: &Waker) -> Result<Self, UringError> {
+        let ring = Ring::new(waker)?;
+        Ok(Self { waker: waker.clone(), ring: Some(Rc::new(RefCell::new(ring))) })
+    }
+
+    /// A stand-in that only sleeps, for stores that need no kernel; the others refuse to attach to it.
+    pub fn without_kernel(waker: &Waker) -> Self {
+        Self { waker: waker.clone(), ring: None }
+    }
+
+    /// Starts what all backends have queued, in one system call if there is anything.
+    ///
+    /// # Errors
+    /// If the ring is broken. That the kernel is out of resources is no error: what is left goes with the next call.
+    pub fn submit(&self) -> io::Result<()> {
+        self.ring.as_ref().map_or(Ok(()), |ring| ring.borrow_mut().submit())
+    }
+
+    /// Starts what all backends have queued and sleeps until one of them has something to reap or the thread is
+    /// woken, in one system call. May return for no reason.
+    ///
+    /// # Errors
+    /// If the ring is broken.
+    pub fn wait(&self) -> io::Result<()> {
+        let Some(ring) = &self.ring else {
+            return self.waker.sleep();
+        };
+        // Dropped only when the ring is not borrowed any more: they may own more than bytes.
+        let _over = ring.borrow_mut().wait()?;
+        Ok(())
+    }
+
+    /// How many system calls the ring has made.
+    pub fn system_calls(&self) -> u64 {
+        self.ring.as_ref().map_or(0, |ring| ring.borrow().system_calls())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicU64, Ordering};
+    use std::thread;
+
+    use super::ring::Setup;
+    use super::*;
+
+    /// All forms that the system offers.
+    fn forms(waker: &Waker) -> Vec<Uring> {
+        let rings = Setup::ALL.iter().filter_map(|setup| Ring::with(waker, *setup, 8).ok());
+        let mut forms: Vec<_> =
+            rings.map(|ring| Uring { waker: waker.clone(), ring: Some(Rc::new(RefCell::new(ring))) }).collect();
+        assert!(!forms.is_empty(), "no io_uring here: {:?}", Uring::new(waker));
+        forms.push(Uring::without_kernel(waker));
+        forms
+    }
+
+    #[test]
+    fn a_wake_before_the_wait_ends_it() {
+        let waker = Waker::new().unwrap();
+        for form in forms(&waker) {
+            for _ in 0..3 {
+                waker.wake();
+                waker.wake();
+                form.wait().unwrap();
+            }
+        }
+    }
+
+    #[test]
+    fn a_wake_that_is_reaped_while_awake_ends_the_next_wait() {
+        let waker = Waker::new().unwrap();
+        for form in forms(&waker) {
+            waker.wake();
+            form.wait().unwrap();
+            let Some(ring) = &form.ring else { continue };
+            // Leaves the wake's entry with the kernel; a fault in the order of things would hang here.
+            ring.borrow_mut().arm();
+            form.submit().unwrap();
+            waker.wake();
+            while !ring.borrow().has_rung() {
+                ring.borrow_mut().reap().unwrap();
+            }
+            form.wait().unwrap();
+        }
+    }
+
+    #[test]
+    fn no_wake_is_lost() {
+        const ROUNDS: u64 = 20_000;
+        let waker = Waker::new().unwrap();
+        for form in forms(&waker) {
+            let (asked, answered) = (AtomicU64::new(0), AtomicU64::new(0));
+            thread::scope(|scope| {
+                scope.spawn(|| {
+                    for round in 1..=ROUNDS {
+                        asked.store(round, Ordering::SeqCst);
+                        waker.wake();
+                        // Alternates between a sleeping thread and one that is awake.
+                        while round % 2 == 0 && answered.load(Ordering::SeqCst) < round {
+                            thread::yield_now();
+                        }
+                    }
+                });
+                while answered.load(Ordering::SeqCst) < ROUNDS {
+                    form.wait().unwrap();
+                    answered.store(asked.load(Ordering::SeqCst), Ordering::SeqCst);
+                }
+            });
+        }
+    }
+
+    #[test]
+    fn errors_name_the_cure() {
+        assert!(UringError::from(io::Error::from(Errno::EPERM)).to_string().contains("io_uring_disabled"));
+        assert!(UringError::from(io::Error::from(Errno::EPERM)).to_string().contains("seccomp"));
+        assert!(UringError::from(io::Error::from(Errno::ENOSYS)).to_string().contains("CONFIG_IO_URING"));
+        assert!(UringError::from(io::Error::from(Errno::ENOMEM)).to_string().contains("ulimit -l"));
+    }
+}

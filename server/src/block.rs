@@ -1,0 +1,263 @@
+//! The block device's queues: where virtio's requests meet a store's operations.
+
+use std::io;
+use std::sync::Arc;
+
+use pci::Interrupt;
+use virtio::block::{InFlight, Operation, Pending, Request, SECTOR, SharedConfig, Status, parse};
+use virtio::memory::{GuestMemory, MappedRing, PinnedBuffers};
+use virtio::queue::{Armed, Chain, Head, QueueState, Signal, SplitQueue};
+
+use crate::backend::{Backend, Completion, Full, Io, Op, Store};
+use crate::device::{QueueParts, QueuePlace, QueueService, StartError};
+use crate::session::Events;
+use crate::worker::{QueueTask, Round, TaskBuilder};
+
+/// Makes the tasks of one device's queues.
+pub(crate) struct BlockService {
+    store: Arc<dyn Store>,
+    config: Arc<SharedConfig>,
+}
+
+impl BlockService {
+    pub(crate) fn new(store: Arc<dyn Store>, config: Arc<SharedConfig>) -> Self {
+        Self { store, config }
+    }
+}
+
+impl QueueService for BlockService {
+    fn task(&self, parts: QueueParts) -> Result<TaskBuilder, StartError> {
+        let QueueParts { index, place, features, state, mut memory, interrupt, events } = parts;
+        let ring = MappedRing::new(&mut memory, place.addresses, place.size)?;
+        let queue = SplitQueue::new(ring, features, state);
+        let (store, config) = (Arc::clone(&self.store), Arc::clone(&self.config));
+        Ok(Box::new(move |ring| {
+            let backend = store.attach(ring)?;
+            Ok(Box::new(BlockQueue {
+                index,
+                place,
+                queue: Ring::Mapped(queue),
+                memory,
+                chain: Chain::default(),
+                config,
+                backend,
+                in_flight: InFlight::new(place.size),
+                stalled: None,
+                completions: Vec::new(),
+                spare: Vec::new(),
+                interrupt,
+                events,
+                accepting: true,
+                warned_blank: false,
+            }))
+        }))
+    }
+
+    fn flush(&self) -> io::Result<()> {
+        self.store.flush()
+    }
+}
+
+/// A queue's memory, which the client may take away and give back while the queue runs: firmware remaps pieces of
+/// its RAM under a live disk.
+enum Ring {
+    Mapped(SplitQueue<MappedRing>),
+    /// Where it stood, and what has completed since and could not be given back.
+    Lost(SplitQueue<()>, Vec<(Head, u32)>),
+    /// Only while it changes from one to the other.
+    Changing,
+}
+
+/// One request queue.
+struct BlockQueue {
+    index: u16,
+    place: QueuePlace,
+    queue: Ring,
+    memory: GuestMemory,
+    chain: Chain,
+    config: Arc<SharedConfig>,
+    backend: Box<dyn Backend>,
+    in_flight: InFlight,
+    /// An operation that the backend had no room for: the next to go.
+    stalled: Option<Io>,
+    completions: Vec<Completion>,
+    /// Buffer lists that wait to be used again.
+    spare: Vec<PinnedBuffers>,
+    interrupt: Arc<dyn Interrupt>,
+    events: Arc<Events>,
+    /// Whether requests are taken: not when stopped, nor after the driver broke the rules.
+    accepting: bool,
+    warned_blank: bool,
+}
+
+impl BlockQueue {
+    fn take_requests(&mut self) -> Round {
+        let mut round = Round::Nothing;
+        if let Some(io) = self.stalled.take() {
+            if !self.submit(io) {
+                return Round::Nothing;
+            }
+            round = Round::Progress;
+        }
+        for _ in 0..self.place.size {
+            let Ring::Mapped(queue) = &mut self.queue else { break };
+            if !self.accepting || self.stalled.is_some() {
+                break;
+            }
+            match queue.pop(&mut self.memory, &mut self.chain) {
+                Ok(None) => break,
+                Ok(Some(head)) => self.start(head),
+                Err(error) => self.fault(&error),
+            }
+            round = Round::Progress;
+        }
+        round
+    }
+
+    /// Starts the request that is in `self.chain`.
+    fn start(&mut self, head: Head) {
+        let mut buffers = self.spare.pop().unwrap_or_default();
+        match parse(&self.chain, &mut self.memory, &self.config.limits(), &mut buffers) {
+            Ok(Request::Store { operation, written }) => {
+                // A read that fails has not written its data, which comes before the status.
+                let written_on_error = if matches!(operation, Operation::Read { .. }) { 0 } else { written };
+                let op = self.op(operation);
+                let token = self.in_flight.insert(Pending { head, written, written_on_error });
+                self.submit(Io { token, op, buffers });
+            }
+            Ok(Request::Done { status, written }) => self.finish(head, buffers, status, written),
+            Err(error) => self.fault(&error),
+        }
+    }
+
+    fn op(&self, operation: Operation) -> Op {
+        let durable = self.config.writes_are_durable();
+        let bytes = |sectors: u32| u64::from(sectors) * SECTOR;
+        match operation {
+            Operation::Read { sector } => Op::Read { offset: sector * SECTOR },
+            Operation::Write { sector } => Op::Write { offset: sector * SECTOR, durable },
+            Operation::Flush => Op::Flush,
+            Operation::Discard { sector, sectors } => Op::Discard { offset: sector * SECTOR, len: bytes(sectors) },
+            Operation::WriteZeroes { sector, sectors, unmap } => {
+                Op::WriteZeroes { offset: sector * SECTOR, len: bytes(sectors), unmap, durable }
+            }
+        }
+    }
+
+    /// Whether the backend had room; if not, the operation waits.
+    fn submit(&mut self, io: Io) -> bool {
+        match self.backend.submit(io) {
+            Ok(()) => true,
+            Err(Full(io)) => {
+                self.stalled = Some(io);
+                false
+            }
+        }
+    }
+
+    fn give_back(&mut self) -> Round {
+        let mut completions = std::mem::take(&mut self.completions);
+        self.backend.reap(&mut completions);
+        let round = if completions.is_empty() { Round::Nothing } else { Round::Progress };
+        for Completion { io, result } in completions.drain(..) {
+            let Some(pending) = self.in_flight.remove(io.token) else { continue };
+            let (status, written) = match result {
+                Ok(()) => (Status::Ok, pending.written),
+                Err(error) if error.kind() == io::ErrorKind::Unsupported => (Status::Unsupp, pending.written_on_error),
+                Err(_) => (Status::IoErr, pending.written_on_error),
+            };
+            self.finish(pending.head, io.buffers, status, written);
+        }
+        self.completions = completions;
+        if let Ring::Mapped(queue) = &mut self.queue
+            && queue.publish() == Signal::Needed
+        {
+            self.interrupt.signal();
+        }
+        round
+    }
+
+    fn finish(&mut self, head: Head, mut buffers: PinnedBuffers, status: Status, written: u32) {
+        buffers.write_trailer(status as u8);
+        buffers.clear();
+        self.spare.push(buffers);
+        match &mut self.queue {
+            Ring::Mapped(queue) => queue.complete(head, written),
+            Ring::Lost(_, completed) => completed.push((head, written)),
+            Ring::Changing => {}
+        }
+    }
+
+    /// The driver broke the rules: nothing more is taken from this queue until the device is reset.
+    fn fault(&mut self, error: &dyn std::error::Error) {
+        self.accepting = false;
+        self.events.fault(self.index, error.to_string());
+    }
+}
+
+impl QueueTask for BlockQueue {
+    fn run(&mut self) -> Round {
+        let taken = self.take_requests();
+        self.backend.commit();
+        let given = self.give_back();
+        if taken == Round::Progress { taken } else { given }
+    }
+
+    fn arm(&mut self) -> Armed {
+        match &mut self.queue {
+            Ring::Mapped(queue) if self.accepting && self.stalled.is_none() => queue.arm(),
+            _ => Armed::Sleep,
+        }
+    }
+
+    fn kicked(&mut self) {
+        let Ring::Mapped(queue) = &self.queue else { return };
+        if !self.warned_blank && queue.state() == QueueState::default() && queue.memory().is_blank() {
+            self.warned_blank = true;
+            self.events.blank_ring(self.index);
+        }
+    }
+
+    fn refresh(&mut self) {
+        self.memory.refresh();
+        let ring = MappedRing::new(&mut self.memory, self.place.addresses, self.place.size);
+        if ring.is_err() {
+            // Before the old ring goes: once it has, the session may map the new memory, and must then tell us.
+            self.events.ring_lost();
+        }
+        let (parked, completed) = match std::mem::replace(&mut self.queue, Ring::Changing) {
+            Ring::Mapped(queue) => (queue.with_memory(()), Vec::new()),
+            Ring::Lost(queue, completed) => (queue, completed),
+            Ring::Changing => return,
+        };
+        self.queue = match ring {
+            Ok(ring) => {
+                let mut queue = parked.with_memory(ring);
+                for (head, written) in completed {
+                    queue.complete(head, written);
+                }
+                Ring::Mapped(queue)
+            }
+            Err(error) => {
+                log::debug!("queue {}: {error}; it rests until that is mapped again", self.index);
+                Ring::Lost(parked, completed)
+            }
+        };
+    }
+
+    fn stop(&mut self) {
+        self.accepting = false;
+    }
+
+    fn in_flight(&self) -> usize {
+        self.in_flight.len()
+    }
+
+    fn state(&self) -> QueueState {
+        match &self.queue {
+            Ring::Mapped(queue) => queue.state(),
+            Ring::Lost(queue, _) => queue.state(),
+            Ring::Changing => QueueState::default(),
+        }
+    }
+}

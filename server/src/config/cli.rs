@@ -1,0 +1,68 @@
+//! The command line.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand};
+
+use super::DeviceConfig;
+
+/// Virtio block devices for QEMU and other vfio-user clients, served from user space
+#[derive(Debug, Parser)]
+#[command(version, about)]
+pub struct Cli {
+    /// What to do
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// What to do
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Serve one device, or all devices of a configuration file, until SIGTERM or SIGINT
+    Serve(ServeArgs),
+}
+
+/// What to serve
+#[derive(Debug, Args)]
+#[command(arg_required_else_help = true)]
+pub struct ServeArgs {
+    /// TOML file with a [[device]] table for each device, in place of the options below
+    #[arg(long, value_name = "FILE", conflicts_with = "device")]
+    pub config: Option<PathBuf>,
+
+    /// Threads that serve the queues [default: one for each processor]
+    #[arg(long, value_name = "N", value_parser = clap::builder::RangedU64ValueParser::<usize>::new().range(1..=1024))]
+    pub workers: Option<usize>,
+
+    /// The device
+    #[command(flatten)]
+    pub device: Option<DeviceConfig>,
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn a_device_or_a_file_but_not_both() {
+        let parse = |arguments: &[&str]| {
+            Cli::try_parse_from(["vfio-user-blk", "serve"].iter().chain(arguments)).map(|cli| match cli.command {
+                Command::Serve(serve) => serve,
+            })
+        };
+        let device = parse(&["--socket-path", "a", "--size", "64M", "--num-queues", "2"]).unwrap().device.unwrap();
+        assert_eq!((device.num_queues(), device.size_or_default()), (2, 64 << 20));
+        assert!(parse(&["--config", "a.toml", "--workers", "3"]).unwrap().device.is_none());
+        assert!(parse(&["--config", "a.toml", "--socket-path", "a"]).is_err());
+        assert!(parse(&["--size", "64M"]).is_err(), "a device without a socket");
+        assert!(parse(&[]).is_err());
+        assert!(parse(&["--socket-path", "a", "--size", "big"]).is_err());
+    }
+}

@@ -1,0 +1,220 @@
+//! One device, as the operator describes it.
+
+use std::path::PathBuf;
+
+use clap::ValueEnum;
+use serde::Deserialize;
+
+use super::Size;
+
+/// The size of a disk that has neither a file nor a size.
+const DEFAULT_SIZE: Size = Size(1 << 30);
+/// Queues of a device that does not say how many.
+const DEFAULT_NUM_QUEUES: u16 = 4;
+/// Entries of each queue of a device that does not say how many.
+const DEFAULT_QUEUE_SIZE: u16 = 256;
+
+/// A device: `serve`'s options, and the keys of a `[[device]]` table.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize, clap::Args)]
+#[serde(deny_unknown_fields)]
+#[group(id = "device")]
+pub struct DeviceConfig {
+    /// UNIX socket to listen on for the device's client
+    #[arg(long, value_name = "PATH")]
+    pub socket_path: PathBuf,
+
+    /// Where the blocks live [default: file if --blk-file is given, memory otherwise]
+    #[arg(long, value_enum)]
+    pub store: Option<StoreKind>,
+
+    /// Image file or block device of the file store
+    #[arg(long, value_name = "FILE")]
+    pub blk_file: Option<PathBuf>,
+
+    /// Size of a memory or null disk [default: 1G], or of an image file that does not exist yet: 512M, 1G, ...
+    #[arg(long)]
+    pub size: Option<Size>,
+
+    /// Refuse writes
+    #[arg(long)]
+    #[serde(default)]
+    pub read_only: bool,
+
+    /// Request queues, 1 to 64 [default: 4]
+    #[arg(long, value_name = "N")]
+    pub num_queues: Option<u16>,
+
+    /// Entries of each queue, a power of two from 2 to 1024 [default: 256]
+    #[arg(long, value_name = "N")]
+    pub queue_size: Option<u16>,
+
+    /// Serial number that the guest sees, at most 20 ASCII characters
+    #[arg(long)]
+    pub serial: Option<String>,
+
+    /// How an image file is cached and when its writes are durable [default: none]
+    #[arg(long, value_enum)]
+    pub cache: Option<Cache>,
+}
+
+/// Where the blocks live.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum StoreKind {
+    /// An image file or a block device
+    File,
+    /// A RAM disk, gone with the server
+    Memory,
+    /// Discards writes and leaves the buffers of reads as they are: measures everything but the storage
+    Null,
+}
+
+/// How a file is cached.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum Cache {
+    /// Past the page cache; writes are durable after a flush
+    None,
+    /// Through the page cache; writes are durable after a flush
+    Writeback,
+    /// Through the page cache; writes are durable when they complete
+    Writethrough,
+}
+
+/// Why a device cannot be as it is described. The names are those of the configuration file.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum InvalidDevice {
+    /// The file store without a file.
+    #[error("store = \"file\" needs blk_file, the image or block device to serve")]
+    NoFile,
+    /// A file for a store that has none.
+    #[error("blk_file is for store = \"file\" only; leave it out, or leave store out")]
+    FileUnused,
+    /// A cache for a store that has none.
+    #[error("cache is for store = \"file\" only; leave it out")]
+    CacheUnused,
+    /// Number of queues.
+    #[error("num_queues is {0}; it must be from 1 to 64")]
+    NumQueues(u16),
+    /// Size of the queues.
+    #[error("queue_size is {0}; it must be a power of two from 2 to 1024")]
+    QueueSize(u16),
+    /// The serial.
+    #[error("serial {0:?} must be at most 20 printable ASCII characters")]
+    Serial(String),
+    /// The size.
+    #[error("size is {0}; it must be a multiple of 512 bytes, and more than 0")]
+    Size(Size),
+}
+
+impl DeviceConfig {
+    /// A device on this socket, with all else as it is by default.
+    pub fn new(socket_path: impl Into<PathBuf>) -> Self {
+        Self {
+            socket_path: socket_path.into(),
+            store: None,
+            blk_file: None,
+            size: None,
+            read_only: false,
+            num_queues: None,
+            queue_size: None,
+            serial: None,
+            cache: None,
+        }
+    }
+
+    /// Checks that the words make sense together.
+    ///
+    /// # Errors
+    /// The first thing that is wrong.
+    pub fn check(&self) -> Result<(), InvalidDevice> {
+        let file = self.store_kind() == StoreKind::File;
+        if file && self.blk_file.is_none() {
+            return Err(InvalidDevice::NoFile);
+        }
+        if !file && self.blk_file.is_some() {
+            return Err(InvalidDevice::FileUnused);
+        }
+        if !file && self.cache.is_some() {
+            return Err(InvalidDevice::CacheUnused);
+        }
+        if !(1..=64).contains(&self.num_queues()) {
+            return Err(InvalidDevice::NumQueues(self.num_queues()));
+        }
+        if !self.queue_size().is_power_of_two() || !(2..=1024).contains(&self.queue_size()) {
+            return Err(InvalidDevice::QueueSize(self.queue_size()));
+        }
+        if let Some(size) = self.size.filter(|size| size.0 == 0 || !size.0.is_multiple_of(512)) {
+            return Err(InvalidDevice::Size(size));
+        }
+        match &self.serial {
+            Some(serial) if serial.len() > 20 || !serial.bytes().all(|byte| (b' '..=b'~').contains(&byte)) => {
+                Err(InvalidDevice::Serial(serial.clone()))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// The store that was named, or that follows from the rest.
+    pub fn store_kind(&self) -> StoreKind {
+        self.store.unwrap_or(if self.blk_file.is_some() { StoreKind::File } else { StoreKind::Memory })
+    }
+
+    /// Bytes of a disk that has no file.
+    pub fn size_or_default(&self) -> u64 {
+        self.size.unwrap_or(DEFAULT_SIZE).0
+    }
+
+    /// Request queues.
+    pub fn num_queues(&self) -> u16 {
+        self.num_queues.unwrap_or(DEFAULT_NUM_QUEUES)
+    }
+
+    /// Entries of each queue.
+    pub fn queue_size(&self) -> u16 {
+        self.queue_size.unwrap_or(DEFAULT_QUEUE_SIZE)
+    }
+
+    /// How a file is cached.
+    pub fn cache(&self) -> Cache {
+        self.cache.unwrap_or(Cache::None)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_does_not_go_together_is_refused() {
+        let check = |change: fn(&mut DeviceConfig)| {
+            let mut device = DeviceConfig::new("blk.sock");
+            change(&mut device);
+            device.check()
+        };
+        assert_eq!(check(|_| {}), Ok(()));
+        assert_eq!(check(|device| device.store = Some(StoreKind::File)), Err(InvalidDevice::NoFile));
+        assert_eq!(check(|device| device.blk_file = Some("a".into())), Ok(()));
+        let with_file = check(|device| {
+            device.blk_file = Some("a".into());
+            device.store = Some(StoreKind::Null);
+        });
+        assert_eq!(with_file, Err(InvalidDevice::FileUnused));
+        assert_eq!(check(|device| device.cache = Some(Cache::None)), Err(InvalidDevice::CacheUnused));
+        assert_eq!(check(|device| device.num_queues = Some(64)), Ok(()));
+        assert_eq!(check(|device| device.num_queues = Some(0)), Err(InvalidDevice::NumQueues(0)));
+        assert_eq!(check(|device| device.num_queues = Some(65)), Err(InvalidDevice::NumQueues(65)));
+        assert_eq!(check(|device| device.queue_size = Some(1024)), Ok(()));
+        for size in [0, 1, 3, 96, 2048] {
+            let mut device = DeviceConfig::new("blk.sock");
+            device.queue_size = Some(size);
+            assert_eq!(device.check(), Err(InvalidDevice::QueueSize(size)));
+        }
+        assert_eq!(check(|device| device.size = Some(Size(0))), Err(InvalidDevice::Size(Size(0))));
+        assert_eq!(check(|device| device.size = Some(Size(513))), Err(InvalidDevice::Size(Size(513))));
+        assert_eq!(check(|device| device.serial = Some("12345678901234567890".into())), Ok(()));
+        assert!(check(|device| device.serial = Some("123456789012345678901".into())).is_err());
+        assert!(check(|device| device.serial = Some("tab\t".into())).is_err());
+    }
+}

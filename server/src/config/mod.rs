@@ -1,0 +1,11 @@
+//! What the operator says: the same words on the command line and, with underscores, in a TOML file.
+
+mod cli;
+mod device;
+mod file;
+mod size;
+
+pub use cli::{Cli, Command, ServeArgs};
+pub use device::{Cache, DeviceConfig, InvalidDevice, StoreKind};
+pub use file::{ConfigFileError, ServerConfig};
+pub use size::{Size, SizeError};

@@ -1,0 +1,72 @@
+//! One device: the function that clients see, and what serves its queues.
+
+use std::io;
+use std::sync::Arc;
+
+use pci::Interrupt;
+use virtio::memory::{GuestMemory, RingAddresses, RingMapError};
+use virtio::queue::{QueueState, RingFeatures};
+use virtio::transport::VirtioPci;
+
+use crate::session::Events;
+use crate::worker::TaskBuilder;
+
+/// A device as a session serves it. It outlives its clients.
+pub(crate) struct Device {
+    /// Registers and interrupts.
+    pub(crate) function: VirtioPci,
+    /// The data path's side of it.
+    pub(crate) service: Box<dyn QueueService>,
+}
+
+/// What a kind of device adds to the data path.
+pub(crate) trait QueueService: Send {
+    /// The task that serves a queue.
+    ///
+    /// # Errors
+    /// If the queue cannot be served where the driver has put it.
+    fn task(&self, parts: QueueParts) -> Result<TaskBuilder, StartError>;
+
+    /// Puts everything that was completed on stable storage; may wait for that.
+    ///
+    /// # Errors
+    /// If the storage fails.
+    fn flush(&self) -> io::Result<()>;
+}
+
+/// Where the driver has put a queue, and its size.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct QueuePlace {
+    pub(crate) size: u16,
+    pub(crate) addresses: RingAddresses,
+}
+
+/// What a queue's task is made of.
+pub(crate) struct QueueParts {
+    pub(crate) index: u16,
+    pub(crate) place: QueuePlace,
+    pub(crate) features: RingFeatures,
+    pub(crate) state: QueueState,
+    pub(crate) memory: GuestMemory,
+    pub(crate) interrupt: Arc<dyn Interrupt>,
+    pub(crate) events: Arc<Events>,
+}
+
+/// Why a queue could not be started.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum StartError {
+    /// The driver's fault, in nearly all cases.
+    #[error(transparent)]
+    Place(#[from] RingMapError),
+    /// The store's: it has not answered since the queue was stopped.
+    #[error(transparent)]
+    Busy(#[from] StillBusy),
+    /// The system's.
+    #[error("no worker can serve it: {0}")]
+    Worker(#[from] io::Error),
+}
+
+/// A queue did not come to rest in time: its store does not answer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("requests are still in flight")]
+pub(crate) struct StillBusy;

@@ -1,0 +1,76 @@
+//! The command `vfio-user-blk`.
+
+use std::io::{self, Write};
+use std::path::Path;
+use std::process::ExitCode;
+use std::thread;
+
+use anyhow::{Context, Result, bail};
+use clap::Parser;
+use signal_hook::consts::{SIGINT, SIGTERM};
+use signal_hook::iterator::Signals;
+use vfio_user_blk::Server;
+use vfio_user_blk::config::{Cli, Command, ServeArgs, ServerConfig};
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    env_logger::Builder::from_env(env_logger::Env::default().default_filter_or("info")).init();
+    let result = match cli.command {
+        Command::Serve(arguments) => serve(arguments),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("vfio-user-blk: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn serve(arguments: ServeArgs) -> Result<()> {
+    let mut config = match (arguments.config, arguments.device) {
+        (Some(path), None) => ServerConfig::read(&path)?,
+        (None, Some(device)) => ServerConfig { workers: None, devices: vec![device] },
+        _ => bail!("there is nothing to serve; give --socket-path PATH or --config FILE"),
+    };
+    config.workers = arguments.workers.or(config.workers);
+    // Before the first thread, so that none of them is interrupted in its place.
+    let mut signals = Signals::new([SIGTERM, SIGINT]).context("cannot handle signals")?;
+    let server = Server::start(&config)?;
+    announce(&server).context("cannot write to standard output")?;
+    let stop = server.stop_handle();
+    thread::Builder::new().name("signals".into()).spawn(move || {
+        let mut stopping = false;
+        for signal in signals.forever() {
+            if stopping {
+                log::warn!("stopping without waiting for the storage");
+                std::process::exit(128 + signal);
+            }
+            stopping = true;
+            log::info!("stopping; a second signal stops at once");
+            stop.stop();
+        }
+    })?;
+    Ok(server.join()?)
+}
+
+/// Says what is served where, and how QEMU attaches it.
+fn announce(server: &Server) -> io::Result<()> {
+    let mut out = io::stdout().lock();
+    for (path, description) in server.devices() {
+        writeln!(out, "listening on {} ({description})", path.display())?;
+        writeln!(out, "  attach it with: -device '{}'", qemu_device(path))?;
+    }
+    writeln!(out, "QEMU (10.1 or newer) must share the guest's memory, once for all devices:")?;
+    writeln!(out, "  -object memory-backend-memfd,id=mem,size=SIZE,share=on -machine memory-backend=mem")?;
+    out.flush()
+}
+
+/// The JSON that QEMU's -device takes. A quote in the path would end the shell's.
+fn qemu_device(path: &Path) -> String {
+    let device = serde_json::json!({
+        "driver": "vfio-user-pci",
+        "socket": { "type": "unix", "path": path.to_string_lossy() },
+    });
+    device.to_string().replace('\'', "'\\''")
+}

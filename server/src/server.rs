@@ -1,0 +1,241 @@
+//! A server: its devices, their sessions, and the workers that all share.
+
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::thread::{self, JoinHandle};
+
+use virtio::block::{BlockConfig, BlockDevice, Discard, SERIAL_LEN, WriteZeroes};
+use virtio::device::VirtioDevice;
+use virtio::transport::{Options, VirtioPci};
+use virtio_bindings::virtio_config::VIRTIO_F_IOMMU_PLATFORM;
+
+use crate::backend::file::{self, FileOptions, FileStore};
+use crate::backend::memory::MemoryStore;
+use crate::backend::null::NullStore;
+use crate::backend::{SECTOR, Store, StoreInfo};
+use crate::block::BlockService;
+use crate::config::{Cache, DeviceConfig, InvalidDevice, ServerConfig, Size, StoreKind};
+use crate::device::Device;
+use crate::listener::{ListenError, Listener};
+use crate::session::{Session, Stop};
+use crate::worker::Pool;
+
+/// The most data segments of a request that we ask drivers to keep to, whatever the size of the queue.
+const MAX_SEGMENTS: u16 = 254;
+/// The most sectors of one discard: 1 GiB.
+const MAX_DISCARD_SECTORS: u32 = 1 << 21;
+/// The most sectors of one write-zeroes: 16 MiB, which a store that has to write them writes without a pause for others.
+const MAX_WRITE_ZEROES_SECTORS: u32 = 1 << 15;
+/// A session's stack: it recurses nowhere, and there may be a thousand.
+const SESSION_STACK: usize = 256 << 10;
+
+/// Why a server cannot start.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum OpenError {
+    /// The description of a device.
+    #[error("{}: {source}", socket_path.display())]
+    Invalid {
+        /// The device's socket.
+        socket_path: PathBuf,
+        /// What is wrong.
+        source: InvalidDevice,
+    },
+    /// The file or block device.
+    #[error(transparent)]
+    File(#[from] file::OpenError),
+    /// A disk without a file.
+    #[error("{}: cannot make a disk of {size}: {source}", socket_path.display())]
+    Disk {
+        /// The device's socket.
+        socket_path: PathBuf,
+        /// Its size.
+        size: Size,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// The function's registers.
+    #[error("{}: {source}", socket_path.display())]
+    Function {
+        /// The device's socket.
+        socket_path: PathBuf,
+        /// What does not fit.
+        source: virtio::transport::BuildError,
+    },
+    /// The socket.
+    #[error(transparent)]
+    Listen(#[from] ListenError),
+    /// Threads or descriptors.
+    #[error("cannot start the server's threads: {0}")]
+    Threads(#[source] io::Error),
+}
+
+/// Why a server ended otherwise than by being told to.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ServeError {
+    /// A device failed, at work or when its store was flushed at the end.
+    #[error("{device}: {source}")]
+    Device {
+        /// The device's socket.
+        device: String,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// A thread panicked: a defect of this server.
+    #[error("{device}: its thread panicked; what was flushed before is safe")]
+    Panicked {
+        /// The device's socket.
+        device: String,
+    },
+}
+
+/// Tells a server to stop, from any thread.
+#[derive(Clone)]
+pub struct StopHandle(Arc<Stop>);
+
+impl StopHandle {
+    /// Has every device end what is in flight, flush, and remove its socket; [`Server::join`] then returns.
+    pub fn stop(&self) {
+        self.0.now();
+    }
+}
+
+/// A running server.
+pub struct Server {
+    sessions: Vec<Serving>,
+    stop: Arc<Stop>,
+}
+
+struct Serving {
+    socket_path: PathBuf,
+    description: String,
+    thread: JoinHandle<io::Result<()>>,
+}
+
+impl Server {
+    /// Opens all devices, listens, and starts to serve. Nothing is left behind if one of them fails.
+    ///
+    /// # Errors
+    /// The first thing that cannot be had.
+    pub fn start(config: &ServerConfig) -> Result<Self, OpenError> {
+        let processors = thread::available_parallelism().map_or(1, usize::from);
+        let pool = Arc::new(Pool::new(config.workers.unwrap_or(processors)).map_err(OpenError::Threads)?);
+        let stop = Arc::new(Stop::new().map_err(OpenError::Threads)?);
+        // All or nothing: the sockets appear once every store is open.
+        let devices: Vec<_> = config.devices.iter().map(open_device).collect::<Result<_, _>>()?;
+        let listeners: Vec<_> =
+            config.devices.iter().map(|device| Listener::bind(&device.socket_path)).collect::<Result<_, _>>()?;
+        let mut server = Self { sessions: Vec::new(), stop: Arc::clone(&stop) };
+        for ((device, description), listener) in devices.into_iter().zip(listeners) {
+            let socket_path = listener.path().to_owned();
+            let session = Session::new(device, listener, Arc::clone(&pool), Arc::clone(&stop));
+            let thread = thread::Builder::new()
+                .name(format!("session-{}", server.sessions.len()))
+                .stack_size(SESSION_STACK)
+                .spawn(move || session.run())
+                .map_err(OpenError::Threads)?;
+            server.sessions.push(Serving { socket_path, description, thread });
+        }
+        Ok(server)
+    }
+
+    /// What stops it.
+    pub fn stop_handle(&self) -> StopHandle {
+        StopHandle(Arc::clone(&self.stop))
+    }
+
+    /// The devices: the socket of each, from the root, and what it is in a few words.
+    pub fn devices(&self) -> impl Iterator<Item = (&Path, &str)> {
+        self.sessions.iter().map(|serving| (serving.socket_path.as_path(), serving.description.as_str()))
+    }
+
+    /// Waits until all devices have ended.
+    ///
+    /// # Errors
+    /// The first of them that failed; all have ended all the same.
+    pub fn join(self) -> Result<(), ServeError> {
+        let mut result = Ok(());
+        for serving in self.sessions {
+            let device = serving.socket_path.display().to_string();
+            let ended = match serving.thread.join() {
+                Ok(ended) => ended.map_err(|source| ServeError::Device { device, source }),
+                Err(_) => Err(ServeError::Panicked { device }),
+            };
+            result = result.and(ended);
+        }
+        result
+    }
+}
+
+fn open_device(config: &DeviceConfig) -> Result<(Device, String), OpenError> {
+    let socket_path = || config.socket_path.clone();
+    config.check().map_err(|source| OpenError::Invalid { socket_path: socket_path(), source })?;
+    let store = open_store(config)?;
+    let info = store.info();
+    let block = BlockDevice::new(block_config(config, &info));
+    let mut options = Options::for_device(&block);
+    options.features |= 1 << VIRTIO_F_IOMMU_PLATFORM;
+    let service = BlockService::new(store, block.shared());
+    let features = block.features();
+    let function = VirtioPci::new(Box::new(block), &options)
+        .map_err(|source| OpenError::Function { socket_path: socket_path(), source })?;
+    log::debug!("{}: {info:?}, features {features:#x}", config.socket_path.display());
+    let (queues, size) = (config.num_queues(), Size(info.capacity));
+    let kind = match (config.store_kind(), &config.blk_file) {
+        (StoreKind::Null, _) => "null".to_owned(),
+        (StoreKind::File, Some(path)) => path.display().to_string(),
+        _ => "memory".to_owned(),
+    };
+    let read_only = if info.read_only { ", read-only" } else { "" };
+    let plural = if queues == 1 { "" } else { "s" };
+    let description = format!("{kind}: {size}, {queues} queue{plural}{read_only}");
+    Ok((Device { function, service: Box::new(service) }, description))
+}
+
+fn open_store(config: &DeviceConfig) -> Result<Arc<dyn Store>, OpenError> {
+    let size = config.size_or_default();
+    let disk = |source| OpenError::Disk { socket_path: config.socket_path.clone(), size: Size(size), source };
+    Ok(match (config.store_kind(), &config.blk_file) {
+        (StoreKind::Null, _) => Arc::new(NullStore::new(size).map_err(disk)?),
+        (StoreKind::File, Some(path)) => Arc::new(FileStore::open(&FileOptions {
+            path: path.clone(),
+            read_only: config.read_only,
+            cache: match config.cache() {
+                Cache::None => file::Cache::None,
+                Cache::Writeback => file::Cache::Writeback,
+                Cache::Writethrough => file::Cache::Writethrough,
+            },
+            size: config.size.map(|size| size.0),
+        })?),
+        _ => Arc::new(MemoryStore::new(size).map_err(disk)?),
+    })
+}
+
+/// What the guest is told of a store.
+fn block_config(config: &DeviceConfig, info: &StoreInfo) -> BlockConfig {
+    let read_only = config.read_only || info.read_only;
+    let block_sectors = info.block_size / SECTOR as u32;
+    let mut serial = [0; SERIAL_LEN];
+    for (to, from) in serial.iter_mut().zip(config.serial.as_deref().unwrap_or_default().bytes()) {
+        *to = from;
+    }
+    BlockConfig {
+        capacity: info.capacity / SECTOR,
+        block_size: info.block_size,
+        physical_block_exp: (info.physical_block_size / info.block_size.max(1)).max(1).ilog2() as u8,
+        opt_io_size: info.optimal_io_size / info.block_size.max(1),
+        // Header and status need a descriptor each.
+        seg_max: u32::from(config.queue_size().saturating_sub(2).clamp(1, MAX_SEGMENTS)),
+        num_queues: config.num_queues(),
+        max_queue_size: config.queue_size(),
+        read_only,
+        writeback: config.cache() != Cache::Writethrough,
+        discard: (info.discard && !read_only)
+            .then_some(Discard { max_sectors: MAX_DISCARD_SECTORS, alignment: block_sectors }),
+        write_zeroes: (!read_only)
+            .then_some(WriteZeroes { max_sectors: MAX_WRITE_ZEROES_SECTORS, may_unmap: info.write_zeroes_unmap }),
+        serial,
+    }
+}

@@ -1,0 +1,142 @@
+//! A session's hand on the queues that workers serve.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use virtio::memory::{GuestMemory, RingAddresses, SharedTable};
+use virtio::queue::{QueueState, RingFeatures};
+use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
+
+use super::{DRAIN_LIMIT, Events};
+use crate::device::{Device, QueueParts, QueuePlace, StartError, StillBusy};
+use crate::worker::{Attached, Detaching, Pool};
+
+/// The queues of one device.
+pub(super) struct DataPath {
+    pool: Arc<Pool>,
+    memory: Arc<SharedTable>,
+    events: Arc<Events>,
+    queues: Vec<Slot>,
+}
+
+enum Slot {
+    /// Not started since the last reset, or paused: where to go on.
+    Stopped(QueueState),
+    Running(Attached),
+    /// Was stopped, and still has requests in flight.
+    Stopping(Detaching),
+}
+
+impl DataPath {
+    pub(super) fn new(pool: Arc<Pool>, memory: Arc<SharedTable>, events: Arc<Events>, num_queues: u16) -> Self {
+        let queues = (0..num_queues).map(|_| Slot::Stopped(QueueState::default())).collect();
+        Self { pool, memory, events, queues }
+    }
+
+    /// Starts all queues that the driver has enabled and that do not run.
+    pub(super) fn start_all(&mut self, device: &Device) -> Result<(), (u16, StartError)> {
+        for index in 0..device.function.num_queues() {
+            self.start(device, index).map_err(|error| (index, error))?;
+        }
+        Ok(())
+    }
+
+    /// Starts a queue, if it is enabled and does not run.
+    pub(super) fn start(&mut self, device: &Device, index: u16) -> Result<(), StartError> {
+        let (Some(slot), Some(setup)) = (self.queues.get_mut(usize::from(index)), device.function.queue(index)) else {
+            return Ok(());
+        };
+        if !setup.enabled {
+            return Ok(());
+        }
+        slot.rest(Instant::now() + DRAIN_LIMIT)?;
+        let Slot::Stopped(state) = *slot else { return Ok(()) };
+        let Some(interrupt) = device.function.queue_interrupt(index) else { return Ok(()) };
+        let negotiated = |feature: u32| device.function.driver_features() & 1 << feature != 0;
+        let task = device.service.task(QueueParts {
+            index,
+            place: QueuePlace {
+                size: setup.size,
+                addresses: RingAddresses { desc: setup.desc, avail: setup.driver, used: setup.device },
+            },
+            features: RingFeatures {
+                event_idx: negotiated(VIRTIO_RING_F_EVENT_IDX),
+                indirect_desc: negotiated(VIRTIO_RING_F_INDIRECT_DESC),
+            },
+            state,
+            memory: GuestMemory::new(Arc::clone(&self.memory)),
+            interrupt,
+            events: Arc::clone(&self.events),
+        })?;
+        *slot = Slot::Running(self.pool.attach(task)?);
+        Ok(())
+    }
+
+    /// Passes a driver's kick on.
+    pub(super) fn kick(&self, index: u16) {
+        if let Some(Slot::Running(queue)) = self.queues.get(usize::from(index)) {
+            queue.doorbell().ring();
+        }
+    }
+
+    /// Has all queues look at guest memory anew.
+    pub(super) fn refresh(&self) {
+        for slot in &self.queues {
+            if let Slot::Running(queue) = slot {
+                queue.refresh();
+            }
+        }
+    }
+
+    /// Stops a queue and waits, until `deadline` at most, for what it has in flight. What it was doing is kept: started
+    /// again, it goes on there.
+    pub(super) fn stop(&mut self, index: u16, deadline: Instant) -> Result<(), StillBusy> {
+        match self.queues.get_mut(usize::from(index)) {
+            Some(slot) => slot.stop().rest(deadline),
+            None => Ok(()),
+        }
+    }
+
+    /// Stops all queues, as [`stop`](Self::stop); first all, then waits.
+    pub(super) fn stop_all(&mut self, deadline: Instant) -> Result<(), StillBusy> {
+        for slot in &mut self.queues {
+            slot.stop();
+        }
+        let mut result = Ok(());
+        for slot in &mut self.queues {
+            result = result.and(slot.rest(deadline));
+        }
+        result
+    }
+
+    /// Forgets where a stopped queue stood: it was reset.
+    pub(super) fn forget(&mut self, index: u16) {
+        if let Some(slot @ Slot::Stopped(_)) = self.queues.get_mut(usize::from(index)) {
+            *slot = Slot::Stopped(QueueState::default());
+        }
+    }
+
+    /// As [`forget`](Self::forget), for all.
+    pub(super) fn forget_all(&mut self) {
+        for index in 0..self.queues.len() {
+            self.forget(index as u16);
+        }
+    }
+}
+
+impl Slot {
+    fn stop(&mut self) -> &mut Self {
+        *self = match std::mem::replace(self, Self::Stopped(QueueState::default())) {
+            Self::Running(queue) => Self::Stopping(queue.detach()),
+            other => other,
+        };
+        self
+    }
+
+    fn rest(&mut self, deadline: Instant) -> Result<(), StillBusy> {
+        if let Self::Stopping(queue) = self {
+            *self = Self::Stopped(queue.wait_until(deadline).ok_or(StillBusy)?);
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,73 @@
+//! What workers tell a session.
+
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use crossbeam::queue::SegQueue;
+use nix::sys::eventfd::{EfdFlags, EventFd};
+
+/// Something that happened on the data path and that is the session's to deal with.
+pub(crate) enum Event {
+    /// The driver broke a queue's rules.
+    Fault { queue: u16, error: String },
+    /// The driver kicked a queue in which nothing was ever written, as far as we can see.
+    BlankRing { queue: u16 },
+}
+
+/// A session's letter box.
+pub(crate) struct Events {
+    events: SegQueue<Event>,
+    ring_lost: AtomicBool,
+    wake: EventFd,
+}
+
+impl Events {
+    pub(crate) fn new() -> io::Result<Self> {
+        let wake = EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?;
+        Ok(Self { events: SegQueue::new(), ring_lost: AtomicBool::new(false), wake })
+    }
+
+    /// A queue stopped since its driver broke the rules.
+    pub(crate) fn fault(&self, queue: u16, error: String) {
+        self.push(Event::Fault { queue, error });
+    }
+
+    /// A queue was kicked, but its ring is blank.
+    pub(crate) fn blank_ring(&self, queue: u16) {
+        self.push(Event::BlankRing { queue });
+    }
+
+    /// A queue's ring is not mapped any more: it wants to hear of the next mapping.
+    pub(crate) fn ring_lost(&self) {
+        // Release: seen by whoever sees that the ring's mapping is gone.
+        self.ring_lost.store(true, Ordering::Release);
+    }
+
+    /// Whether a queue waits for a mapping; says so once.
+    pub(super) fn take_ring_lost(&self) -> bool {
+        self.ring_lost.swap(false, Ordering::Acquire)
+    }
+
+    /// The oldest event.
+    pub(super) fn pop(&self) -> Option<Event> {
+        self.events.pop()
+    }
+
+    /// Becomes readable with an event; call [`drain`](Self::drain), then [`pop`](Self::pop) all.
+    pub(super) fn fd(&self) -> BorrowedFd<'_> {
+        self.wake.as_fd()
+    }
+
+    pub(super) fn drain(&self) {
+        // EAGAIN says that it is empty already.
+        let _empty = self.wake.read();
+    }
+
+    fn push(&self, event: Event) {
+        self.events.push(event);
+        if let Err(error) = self.wake.write(1) {
+            log::error!("cannot wake a session: {error}");
+        }
+    }
+}

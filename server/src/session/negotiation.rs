@@ -1,0 +1,41 @@
+//! VERSION: what both sides can do.
+
+use vfio_user::{Capabilities, Errno, Reply, Version};
+
+use super::dma::MAX_DMA_MAPS;
+
+/// The protocol's version that we speak.
+const MAJOR: u16 = 0;
+const MINOR: u16 = 1;
+/// The most descriptors with one message; QEMU takes no more.
+pub(super) const MAX_MSG_FDS: u64 = 16;
+/// The most bytes of one region access; no region is larger.
+const MAX_DATA_XFER_SIZE: u64 = 1 << 20;
+/// The unit of DMA ranges, in bytes.
+const PAGE_SIZE: u64 = 4096;
+
+/// Answers a client's proposal, in at most `room` bytes where that is possible: QEMU takes no reply that is larger
+/// than its request.
+///
+/// # Errors
+/// ENOTSUP if the client speaks another major version.
+pub(super) fn answer(proposed: &Version, room: usize) -> Result<Version, Errno> {
+    if proposed.major != MAJOR {
+        return Err(Errno::ENOTSUP);
+    }
+    let whole = Version {
+        major: MAJOR,
+        minor: proposed.minor.min(MINOR),
+        capabilities: Capabilities {
+            max_msg_fds: Some(MAX_MSG_FDS),
+            max_data_xfer_size: Some(MAX_DATA_XFER_SIZE),
+            max_dma_maps: Some(MAX_DMA_MAPS),
+            pgsizes: Some(PAGE_SIZE),
+            ..Capabilities::default()
+        },
+    };
+    let mut bytes = Vec::new();
+    Reply::Version(&whole).encode(&mut bytes);
+    // Without capabilities the defaults of the specification hold, and we keep those too.
+    Ok(if bytes.len() <= room { whole } else { Version { capabilities: Capabilities::default(), ..whole } })
+}

@@ -1,0 +1,94 @@
+//! What is left for a worker to do.
+
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use crossbeam::channel::Sender;
+use crossbeam::queue::SegQueue;
+use virtio::queue::QueueState;
+
+use super::TaskBuilder;
+use super::awake::Awake;
+use crate::backend::uring::Waker;
+
+/// The name of a queue among all that were ever attached to a pool.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) struct QueueId(pub(super) u64);
+
+/// What a session wants of a worker.
+pub(super) enum Command {
+    /// Serve this queue.
+    Attach { id: QueueId, doorbell: Arc<Doorbell>, build: TaskBuilder, attached: Sender<io::Result<()>> },
+    /// The driver kicked it.
+    Kick(QueueId),
+    /// Guest memory changed under it.
+    Refresh(QueueId),
+    /// Stop it, send its state when nothing is in flight any more, and forget it.
+    Detach { id: QueueId, detached: Sender<QueueState> },
+    /// End the thread.
+    Exit,
+}
+
+/// A worker's letter box.
+pub(super) struct Inbox {
+    commands: SegQueue<Command>,
+    awake: Awake,
+    waker: Waker,
+}
+
+impl Inbox {
+    pub(super) fn new(waker: Waker) -> Self {
+        Self { commands: SegQueue::new(), awake: Awake::default(), waker }
+    }
+
+    /// Leaves a command, and wakes the worker if it sleeps.
+    pub(super) fn push(&self, command: Command) {
+        self.commands.push(command);
+        if self.awake.must_wake() {
+            self.waker.wake();
+        }
+    }
+
+    /// The oldest command.
+    pub(super) fn pop(&self) -> Option<Command> {
+        self.commands.pop()
+    }
+
+    /// Whether the worker may sleep; the next command then wakes it.
+    pub(super) fn fall_asleep(&self) -> bool {
+        self.awake.fall_asleep(|| !self.commands.is_empty())
+    }
+
+    pub(super) fn woke_up(&self) {
+        self.awake.woke_up();
+    }
+}
+
+/// Where a driver's kicks of one queue arrive, from whichever thread hears of them.
+pub(crate) struct Doorbell {
+    id: QueueId,
+    inbox: Arc<Inbox>,
+    rung: AtomicBool,
+}
+
+impl Doorbell {
+    pub(super) fn new(id: QueueId, inbox: Arc<Inbox>) -> Self {
+        Self { id, inbox, rung: AtomicBool::new(false) }
+    }
+
+    /// Has the queue run soon. However often it is rung, one command waits for the worker: a driver that only kicks
+    /// fills nobody's memory.
+    pub(crate) fn ring(&self) {
+        // AcqRel, here and in `answered`: if this finds the bell rung, then the worker, when it answers, sees all that
+        // the driver did before this ring.
+        if !self.rung.swap(true, Ordering::AcqRel) {
+            self.inbox.push(Command::Kick(self.id));
+        }
+    }
+
+    /// The worker has heard, and will look at the queue after this.
+    pub(super) fn answered(&self) {
+        self.rung.swap(false, Ordering::AcqRel);
+    }
+}

@@ -1,0 +1,181 @@
+//! The data path: a pool of threads, each of which serves queues of any device.
+//!
+//! A worker knows its queues as [`QueueTask`]s and nothing of what they do. It runs those that are awake, round after
+//! round, each with a bounded amount of work; one that has nothing left arms its notifications and is set aside until it
+//! is kicked. With nothing awake the worker sleeps in its ring, where completions, kicks and commands wake it.
+//!
+//! No two workers share anything on the way of a request. What a session wants of a worker goes through the worker's
+//! [`Inbox`]; the worker answers by dropping or sending, never by waiting.
+
+mod awake;
+mod inbox;
+mod pool;
+
+use std::collections::HashMap;
+use std::io;
+use std::rc::Rc;
+use std::sync::Arc;
+
+use crossbeam::channel::Sender;
+use virtio::queue::{Armed, QueueState};
+
+use crate::backend::uring::Uring;
+
+use inbox::{Command, Inbox};
+pub(crate) use inbox::{Doorbell, QueueId};
+pub(crate) use pool::{Attached, Detaching, Pool};
+
+/// What a round of work came to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Round {
+    /// Something was taken, or given back: there may be more.
+    Progress,
+    /// There was nothing to do.
+    Nothing,
+}
+
+/// One queue, on the thread of its worker.
+pub(crate) trait QueueTask {
+    /// One round: takes requests, at most a queue's size; starts them; gives back what has completed, publishes it
+    /// and signals.
+    fn run(&mut self) -> Round;
+
+    /// Asks for a kick with the next request and says whether there is none yet.
+    fn arm(&mut self) -> Armed;
+
+    /// The driver kicked; `run` follows.
+    fn kicked(&mut self);
+
+    /// Guest memory has changed: looks at it anew and lets go of all that is gone.
+    fn refresh(&mut self);
+
+    /// Takes no requests from now on.
+    fn stop(&mut self);
+
+    /// Requests that were taken and not given back.
+    fn in_flight(&self) -> usize;
+
+    /// Where it stands in the queue, which is all that it leaves behind when nothing is in flight.
+    fn state(&self) -> QueueState;
+}
+
+/// Makes a task on its worker's thread, where it stays.
+pub(crate) type TaskBuilder = Box<dyn FnOnce(&Rc<Uring>) -> io::Result<Box<dyn QueueTask>> + Send>;
+
+struct Entry {
+    id: QueueId,
+    doorbell: Arc<Doorbell>,
+    task: Box<dyn QueueTask>,
+    /// Where to send the state once the last request is given back.
+    stopping: Option<Sender<QueueState>>,
+}
+
+/// One thread of the pool.
+struct Worker {
+    inbox: Arc<Inbox>,
+    ring: Rc<Uring>,
+    /// Queues with something to do, or that have not been found idle yet.
+    awake: Vec<Entry>,
+    /// Queues whose notifications are armed and that have nothing in flight.
+    idle: HashMap<QueueId, Entry>,
+}
+
+impl Worker {
+    fn new(inbox: Arc<Inbox>, ring: Rc<Uring>) -> Self {
+        Self { inbox, ring, awake: Vec::new(), idle: HashMap::new() }
+    }
+
+    /// Serves until the pool is dropped.
+    fn run(mut self) {
+        loop {
+            while let Some(command) = self.inbox.pop() {
+                match command {
+                    Command::Exit => return,
+                    command => self.execute(command),
+                }
+            }
+            let mut round = Round::Nothing;
+            for entry in &mut self.awake {
+                if entry.task.run() == Round::Progress {
+                    round = Round::Progress;
+                }
+            }
+            self.let_go_of_stopped();
+            if round == Round::Nothing && self.arm() == Armed::Sleep {
+                self.sleep();
+            }
+        }
+    }
+
+    fn execute(&mut self, command: Command) {
+        match command {
+            Command::Attach { id, doorbell, build, attached } => {
+                let result = build(&self.ring).map(|task| {
+                    // Awake at first: the driver may have added requests before it was known here.
+                    self.awake.push(Entry { id, doorbell, task, stopping: None });
+                });
+                // A session that has gone meanwhile detaches what it attached.
+                let _gone = attached.send(result);
+            }
+            Command::Kick(id) => {
+                if let Some(entry) = self.wake(id) {
+                    entry.doorbell.answered();
+                    entry.task.kicked();
+                }
+            }
+            Command::Refresh(id) => {
+                if let Some(entry) = self.wake(id) {
+                    entry.task.refresh();
+                }
+            }
+            Command::Detach { id, detached } => {
+                if let Some(entry) = self.wake(id) {
+                    entry.task.stop();
+                    entry.stopping = Some(detached);
+                }
+            }
+            Command::Exit => {}
+        }
+    }
+
+    /// Puts a queue among those that are run.
+    fn wake(&mut self, id: QueueId) -> Option<&mut Entry> {
+        if let Some(entry) = self.idle.remove(&id) {
+            self.awake.push(entry);
+            return self.awake.last_mut();
+        }
+        self.awake.iter_mut().find(|entry| entry.id == id)
+    }
+
+    fn let_go_of_stopped(&mut self) {
+        for entry in self.awake.extract_if(.., |entry| entry.stopping.is_some() && entry.task.in_flight() == 0) {
+            if let Some(detached) = entry.stopping {
+                // Nobody waits any more if the session gave up on a store that did not answer.
+                let _gone = detached.send(entry.task.state());
+            }
+        }
+    }
+
+    /// Arms all queues that are awake and sets aside those with nothing in flight.
+    fn arm(&mut self) -> Armed {
+        let mut armed = Armed::Sleep;
+        let idle = self.awake.extract_if(.., |entry| match entry.task.arm() {
+            Armed::Sleep => entry.task.in_flight() == 0,
+            Armed::Work => {
+                armed = Armed::Work;
+                false
+            }
+        });
+        self.idle.extend(idle.map(|entry| (entry.id, entry)));
+        armed
+    }
+
+    fn sleep(&mut self) {
+        if self.inbox.fall_asleep() {
+            if let Err(error) = self.ring.wait() {
+                log::error!("worker: cannot wait for completions: {error}");
+            }
+            self.inbox.woke_up();
+        }
+    }
+}
