@@ -8,6 +8,7 @@ use virtio::memory::{GuestMemory, RingAddresses, RingMapError};
 use virtio::queue::{QueueState, RingFeatures};
 use virtio::transport::VirtioPci;
 
+use crate::config::PollPolicy;
 use crate::session::Events;
 use crate::worker::TaskBuilder;
 
@@ -17,6 +18,8 @@ pub(crate) struct Device {
     pub(crate) function: VirtioPci,
     /// The data path's side of it.
     pub(crate) service: Box<dyn QueueService>,
+    /// How workers wait for its requests.
+    pub(crate) poll: PollPolicy,
 }
 
 /// What a kind of device adds to the data path.

@@ -1,5 +1,7 @@
 //! The command `vfio-user-blk`.
 
+mod bench;
+
 use std::io::{self, Write};
 use std::path::Path;
 use std::process::ExitCode;
@@ -17,6 +19,7 @@ fn main() -> ExitCode {
     env_logger::Builder::from_env(env_logger::Env::default().default_filter_or("info")).init();
     let result = match cli.command {
         Command::Serve(arguments) => serve(arguments),
+        Command::Bench(arguments) => bench::run(&arguments),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

@@ -191,7 +191,7 @@ fn open_device(config: &DeviceConfig) -> Result<(Device, String), OpenError> {
     let read_only = if info.read_only { ", read-only" } else { "" };
     let plural = if queues == 1 { "" } else { "s" };
     let description = format!("{kind}: {size}, {queues} queue{plural}{read_only}");
-    Ok((Device { function, service: Box::new(service) }, description))
+    Ok((Device { function, service: Box::new(service), poll: config.poll() }, description))
 }
 
 fn open_store(config: &DeviceConfig) -> Result<Arc<dyn Store>, OpenError> {

@@ -135,6 +135,7 @@ pub struct BlockQueue {
     bounce: Buffer,
     limits: Limits,
     kicks: u64,
+    interrupts: u64,
 }
 
 impl BlockQueue {
@@ -160,6 +161,7 @@ impl BlockQueue {
             bounce,
             limits,
             kicks: 0,
+            interrupts: 0,
         })
     }
 
@@ -187,6 +189,11 @@ impl BlockQueue {
     /// How often the doorbell was rung.
     pub fn kicks(&self) -> u64 {
         self.kicks
+    }
+
+    /// How many interrupts were seen; those that came while nobody waited count at the next wait.
+    pub fn interrupts(&self) -> u64 {
+        self.interrupts
     }
 
     /// Adds a request.
@@ -260,8 +267,8 @@ impl BlockQueue {
             if !wait(interrupt.as_fd(), PollFlags::POLLIN, deadline)? {
                 break self.ring.has_used();
             }
-            // The counter only says that there was an interrupt; another thread's read is no loss.
-            let _ = interrupt.read();
+            // Another thread's read is no loss: the counter only says that there was an interrupt.
+            self.interrupts += interrupt.read().unwrap_or(0);
         };
         self.ring.disable_interrupts();
         Ok(ready)

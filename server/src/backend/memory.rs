@@ -138,3 +138,41 @@ impl Execute for Blocks {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    impl Blocks {
+        /// Bytes that take memory.
+        fn resident(&self) -> usize {
+            let mut pages = vec![0u8; self.region.size().div_ceil(self.page)];
+            // SAFETY: the region is mapped, and there is a byte for each of its pages.
+            let result = unsafe { libc::mincore(self.region.as_ptr().cast(), self.region.size(), pages.as_mut_ptr()) };
+            assert_eq!(result, 0);
+            pages.iter().filter(|page| **page & 1 != 0).count() * self.page
+        }
+    }
+
+    #[test]
+    fn blocks_take_memory_from_the_first_write_until_they_are_freed() {
+        const MIB: u64 = 1 << 20;
+        let store = MemoryStore::new(64 * MIB).unwrap();
+        let page = store.0.page as u64;
+        assert_eq!(store.0.resident(), 0);
+        store.0.fill(0, 64 * MIB).unwrap();
+        assert_eq!(store.0.resident() as u64, 64 * MIB);
+        assert_eq!(store.0.free(512, 64 * MIB - 1024).unwrap(), page..64 * MIB - page);
+        assert_eq!(store.0.resident() as u64, 2 * page);
+        assert!(store.0.free(0, 65 * MIB).is_err());
+        assert!(store.0.free(u64::MAX - 511, 1024).is_err());
+    }
+
+    #[test]
+    fn impossible_sizes_are_refused() {
+        for size in [0, 511, 513, u64::MAX - 511] {
+            let message = MemoryStore::new(size).unwrap_err().to_string();
+            assert!(message.contains(&size.to_string()), "{message}");
+        }
+    }
+}

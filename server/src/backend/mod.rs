@@ -9,14 +9,15 @@
 //! - offsets and lengths are multiples of 512 bytes and end within [`StoreInfo::capacity`];
 //! - for [`Op::Read`] and [`Op::Write`] the buffers hold as many bytes as are to be moved; for the rest they hold none;
 //! - nothing that changes the store is submitted to one that is [`StoreInfo::read_only`];
-//! - [`commit`](Backend::commit) follows each batch of submissions.
+//! - [`commit`](Backend::commit) follows each batch of submissions, and a [`reap`](Backend::reap) follows that before
+//!   the thread sleeps in [`Uring::wait`]: stores that need no kernel are done by then, and do not end the sleep.
 //!
 //! The backend guarantees that
-//! - each [`Io`] that it took comes back once, in one [`Completion`], by its own token, in any order, and with its buffers;
+//! - each [`Io`] that it took comes back once, in one [`Completion`], by its own token, in any order, with its buffers;
 //! - buffers and what they pin stay alive until the store is done with them, also when the backend is dropped before;
 //! - a completed read has filled all of its buffers; a completed write is seen by every read submitted after it;
-//! - a completed [`Op::Flush`] has put every write that was completed before it was submitted on stable storage, as has a
-//!   completed write that was `durable` itself; stores without stable storage say so in their documentation;
+//! - a completed [`Op::Flush`] has put every write that was completed before it was submitted on stable storage, as has
+//!   a completed write that was `durable` itself; stores without stable storage say so in their documentation;
 //! - what was written as zeroes reads as zeroes; what was discarded reads as anything, the same each time or not;
 //! - no call blocks on the store, and none panics.
 
@@ -114,7 +115,8 @@ pub struct Completion {
     pub result: Result<(), io::Error>,
 }
 
-/// The store has no room for another operation now; there will be when one has completed.
+/// The store has no room for another operation now; there will be when one has completed, of this backend or of another
+/// on the same ring.
 #[derive(Debug)]
 pub struct Full(pub Io);
 

@@ -10,8 +10,8 @@ use super::{Backend, Io, SECTOR, Store, StoreInfo};
 
 /// Completes everything at once and does nothing: writes are forgotten, and reads leave the guest's memory as it is.
 ///
-/// The one store that does not keep the contract's clauses about data. It offers all operations, so that each way through
-/// the device can be measured.
+/// The one store that does not keep the contract's clauses about data. It offers all operations, so that each way
+/// through the device can be measured.
 #[derive(Debug)]
 pub struct NullStore {
     capacity: u64,
@@ -60,5 +60,24 @@ struct Nothing;
 impl Execute for Nothing {
     fn execute(&self, _: &Io) -> io::Result<()> {
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::backend::Op;
+    use crate::backend::contract::Guest;
+
+    #[test]
+    fn reads_leave_the_buffers_as_they_are() {
+        let mut guest = Guest::new();
+        let buffers = guest.buffers(&[(0, 512)]);
+        buffers.fill(7);
+        Nothing.execute(&Io { token: 0, op: Op::Read { offset: 0 }, buffers }).unwrap();
+        let mut bytes = [0; 512];
+        guest.buffers(&[(0, 512)]).copy_to_slice(0, &mut bytes);
+        assert_eq!(bytes, [7; 512]);
+        assert!(NullStore::new(0).is_err() && NullStore::new(513).is_err());
     }
 }

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
 
-use super::DeviceConfig;
+use super::{BenchArgs, DeviceConfig};
 
 /// Virtio block devices for QEMU and other vfio-user clients, served from user space
 #[derive(Debug, Parser)]
@@ -20,6 +20,8 @@ pub struct Cli {
 pub enum Command {
     /// Serve one device, or all devices of a configuration file, until SIGTERM or SIGINT
     Serve(ServeArgs),
+    /// Put a load on a served disk, from user space and without a VM
+    Bench(BenchArgs),
 }
 
 /// What to serve
@@ -55,6 +57,7 @@ mod tests {
         let parse = |arguments: &[&str]| {
             Cli::try_parse_from(["vfio-user-blk", "serve"].iter().chain(arguments)).map(|cli| match cli.command {
                 Command::Serve(serve) => serve,
+                Command::Bench(_) => panic!("not what was asked for"),
             })
         };
         let device = parse(&["--socket-path", "a", "--size", "64M", "--num-queues", "2"]).unwrap().device.unwrap();

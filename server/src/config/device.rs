@@ -55,6 +55,10 @@ pub struct DeviceConfig {
     /// How an image file is cached and when its writes are durable [default: none]
     #[arg(long, value_enum)]
     pub cache: Option<Cache>,
+
+    /// Whether the device's worker waits for requests awake or asleep [default: adaptive]
+    #[arg(long, value_enum)]
+    pub poll: Option<PollPolicy>,
 }
 
 /// Where the blocks live.
@@ -79,6 +83,19 @@ pub enum Cache {
     Writeback,
     /// Through the page cache; writes are durable when they complete
     Writethrough,
+}
+
+/// How a worker waits for a device's requests.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum PollPolicy {
+    /// Awake for as long as that has been shown to pay, then asleep
+    #[default]
+    Adaptive,
+    /// Always awake: the shortest latency, for a whole processor
+    Always,
+    /// Asleep at once
+    Never,
 }
 
 /// Why a device cannot be as it is described. The names are those of the configuration file.
@@ -121,6 +138,7 @@ impl DeviceConfig {
             queue_size: None,
             serial: None,
             cache: None,
+            poll: None,
         }
     }
 
@@ -174,6 +192,11 @@ impl DeviceConfig {
     /// Entries of each queue.
     pub fn queue_size(&self) -> u16 {
         self.queue_size.unwrap_or(DEFAULT_QUEUE_SIZE)
+    }
+
+    /// How a worker waits for its requests.
+    pub fn poll(&self) -> PollPolicy {
+        self.poll.unwrap_or_default()
     }
 
     /// How a file is cached.

@@ -117,7 +117,7 @@ impl ServerConfig {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::{Cache, Size, StoreKind};
+    use crate::config::{Cache, PollPolicy, Size, StoreKind};
 
     fn parse(text: &str) -> Result<ServerConfig, ConfigFileError> {
         ServerConfig::parse(Path::new("test.toml"), text)
@@ -138,6 +138,7 @@ mod tests {
             queue_size = 128
             serial = "A"
             cache = "writethrough"
+            poll = "never"
             [[device]]
             socket_path = "b.sock"
             size = 1048576
@@ -153,6 +154,7 @@ mod tests {
         first.queue_size = Some(128);
         first.serial = Some("A".into());
         first.cache = Some(Cache::Writethrough);
+        first.poll = Some(PollPolicy::Never);
         let mut second = DeviceConfig::new("b.sock");
         second.size = Some(Size(1 << 20));
         assert_eq!(config, ServerConfig { workers: Some(2), devices: vec![first, second] });

@@ -68,7 +68,7 @@ impl DataPath {
             interrupt,
             events: Arc::clone(&self.events),
         })?;
-        *slot = Slot::Running(self.pool.attach(task)?);
+        *slot = Slot::Running(self.pool.attach(task, device.poll)?);
         Ok(())
     }
 

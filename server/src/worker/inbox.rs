@@ -2,15 +2,15 @@
 
 use std::io;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 
 use crossbeam::channel::Sender;
 use crossbeam::queue::SegQueue;
 use virtio::queue::QueueState;
 
 use super::TaskBuilder;
-use super::awake::Awake;
+use super::wakeup::{Awake, Rung};
 use crate::backend::uring::Waker;
+use crate::config::PollPolicy;
 
 /// The name of a queue among all that were ever attached to a pool.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -19,7 +19,13 @@ pub(crate) struct QueueId(pub(super) u64);
 /// What a session wants of a worker.
 pub(super) enum Command {
     /// Serve this queue.
-    Attach { id: QueueId, doorbell: Arc<Doorbell>, build: TaskBuilder, attached: Sender<io::Result<()>> },
+    Attach {
+        id: QueueId,
+        doorbell: Arc<Doorbell>,
+        build: TaskBuilder,
+        poll: PollPolicy,
+        attached: Sender<io::Result<()>>,
+    },
     /// The driver kicked it.
     Kick(QueueId),
     /// Guest memory changed under it.
@@ -69,26 +75,24 @@ impl Inbox {
 pub(crate) struct Doorbell {
     id: QueueId,
     inbox: Arc<Inbox>,
-    rung: AtomicBool,
+    rung: Rung,
 }
 
 impl Doorbell {
     pub(super) fn new(id: QueueId, inbox: Arc<Inbox>) -> Self {
-        Self { id, inbox, rung: AtomicBool::new(false) }
+        Self { id, inbox, rung: Rung::default() }
     }
 
     /// Has the queue run soon. However often it is rung, one command waits for the worker: a driver that only kicks
     /// fills nobody's memory.
     pub(crate) fn ring(&self) {
-        // AcqRel, here and in `answered`: if this finds the bell rung, then the worker, when it answers, sees all that
-        // the driver did before this ring.
-        if !self.rung.swap(true, Ordering::AcqRel) {
+        if self.rung.ring() {
             self.inbox.push(Command::Kick(self.id));
         }
     }
 
     /// The worker has heard, and will look at the queue after this.
     pub(super) fn answered(&self) {
-        self.rung.swap(false, Ordering::AcqRel);
+        self.rung.answer();
     }
 }

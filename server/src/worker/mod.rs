@@ -7,14 +7,17 @@
 //! No two workers share anything on the way of a request. What a session wants of a worker goes through the worker's
 //! [`Inbox`]; the worker answers by dropping or sending, never by waiting.
 
-mod awake;
 mod inbox;
+mod patience;
 mod pool;
+mod sync;
+mod wakeup;
 
 use std::collections::HashMap;
 use std::io;
 use std::rc::Rc;
 use std::sync::Arc;
+use std::time::Instant;
 
 use crossbeam::channel::Sender;
 use virtio::queue::{Armed, QueueState};
@@ -23,6 +26,7 @@ use crate::backend::uring::Uring;
 
 use inbox::{Command, Inbox};
 pub(crate) use inbox::{Doorbell, QueueId};
+use patience::Patience;
 pub(crate) use pool::{Attached, Detaching, Pool};
 
 /// What a round of work came to.
@@ -66,6 +70,7 @@ struct Entry {
     id: QueueId,
     doorbell: Arc<Doorbell>,
     task: Box<dyn QueueTask>,
+    patience: Patience,
     /// Where to send the state once the last request is given back.
     stopping: Option<Sender<QueueState>>,
 }
@@ -87,6 +92,8 @@ impl Worker {
 
     /// Serves until the pool is dropped.
     fn run(mut self) {
+        // Since when there has been nothing to do. The clock is read only then, so that it costs no request anything.
+        let mut idle_since = None;
         loop {
             while let Some(command) = self.inbox.pop() {
                 match command {
@@ -94,25 +101,56 @@ impl Worker {
                     command => self.execute(command),
                 }
             }
-            let mut round = Round::Nothing;
-            for entry in &mut self.awake {
-                if entry.task.run() == Round::Progress {
-                    round = Round::Progress;
-                }
+            if self.run_awake() == Round::Progress {
+                idle_since = None;
+                continue;
             }
-            self.let_go_of_stopped();
-            if round == Round::Nothing && self.arm() == Armed::Sleep {
+            let now = Instant::now();
+            let since = *idle_since.get_or_insert(now);
+            let idle = now.saturating_duration_since(since);
+            if self.awake.iter().any(|entry| entry.patience.lasts(idle)) {
+                patience::spin(idle);
+            } else if self.arm_all(since) == Armed::Sleep {
                 self.sleep();
+                idle_since = None;
             }
         }
     }
 
+    /// Gives each queue that is awake its round, and sets aside those that have had nothing for long while others did.
+    fn run_awake(&mut self) -> Round {
+        let mut any = Round::Nothing;
+        let (mut stopped, mut quiet) = (false, false);
+        for entry in &mut self.awake {
+            let round = entry.task.run();
+            quiet |= entry.patience.after(round);
+            stopped |= entry.stopping.is_some();
+            if round == Round::Progress {
+                any = round;
+            }
+        }
+        if stopped {
+            self.let_go_of_stopped();
+        }
+        if quiet && any == Round::Progress {
+            let idle = self.awake.extract_if(.., |entry| {
+                entry.patience.is_over()
+                    && entry.task.in_flight() == 0
+                    && entry.stopping.is_none()
+                    && entry.task.arm() == Armed::Sleep
+            });
+            self.idle.extend(idle.map(|entry| (entry.id, entry)));
+        }
+        any
+    }
+
     fn execute(&mut self, command: Command) {
         match command {
-            Command::Attach { id, doorbell, build, attached } => {
+            Command::Attach { id, doorbell, build, poll, attached } => {
                 let result = build(&self.ring).map(|task| {
                     // Awake at first: the driver may have added requests before it was known here.
-                    self.awake.push(Entry { id, doorbell, task, stopping: None });
+                    let patience = Patience::new(poll);
+                    self.awake.push(Entry { id, doorbell, task, patience, stopping: None });
                 });
                 // A session that has gone meanwhile detaches what it attached.
                 let _gone = attached.send(result);
@@ -156,11 +194,14 @@ impl Worker {
         }
     }
 
-    /// Arms all queues that are awake and sets aside those with nothing in flight.
-    fn arm(&mut self) -> Armed {
+    /// Arms all queues that are awake and sets aside those with nothing in flight; there has been nothing to do `since`.
+    fn arm_all(&mut self, since: Instant) -> Armed {
         let mut armed = Armed::Sleep;
         let idle = self.awake.extract_if(.., |entry| match entry.task.arm() {
-            Armed::Sleep => entry.task.in_flight() == 0,
+            Armed::Sleep => {
+                entry.patience.sleeps(since);
+                entry.task.in_flight() == 0 && entry.stopping.is_none()
+            }
             Armed::Work => {
                 armed = Armed::Work;
                 false

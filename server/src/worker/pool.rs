@@ -13,6 +13,7 @@ use virtio::queue::QueueState;
 use super::inbox::{Command, Doorbell, Inbox, QueueId};
 use super::{TaskBuilder, Worker};
 use crate::backend::uring::{Uring, Waker};
+use crate::config::PollPolicy;
 
 /// The worker threads of a server. When it is dropped they end, after what they are doing and without waiting for
 /// requests in flight: detach the queues first.
@@ -53,7 +54,7 @@ impl Pool {
     ///
     /// # Errors
     /// If its task cannot be made.
-    pub(crate) fn attach(&self, build: TaskBuilder) -> io::Result<Attached> {
+    pub(crate) fn attach(&self, build: TaskBuilder, poll: PollPolicy) -> io::Result<Attached> {
         let number = self.next_id.fetch_add(1, Ordering::Relaxed);
         let gone = || io::Error::other("no worker threads");
         let turn = usize::try_from(number).unwrap_or(0) % self.workers.len().max(1);
@@ -61,7 +62,7 @@ impl Pool {
         let id = QueueId(number);
         let doorbell = Arc::new(Doorbell::new(id, Arc::clone(&inbox)));
         let (attached, answer) = bounded(1);
-        inbox.push(Command::Attach { id, doorbell: Arc::clone(&doorbell), build, attached });
+        inbox.push(Command::Attach { id, doorbell: Arc::clone(&doorbell), build, poll, attached });
         answer.recv().map_err(|_| gone())??;
         Ok(Attached { id, inbox, doorbell })
     }

@@ -7,6 +7,8 @@
 
 mod chain;
 pub mod event_idx;
+#[cfg(all(test, loom))]
+mod model;
 mod ring;
 mod split;
 

@@ -118,7 +118,8 @@ impl<M: RingMemory> SplitQueue<M> {
             avail_idx: state.next_avail,
             next_used: state.next_used,
             decided: state.next_used,
-            armed: false,
+            // As a driver finds a new queue: it kicks until told otherwise.
+            armed: true,
             in_flight: vec![0; words].into(),
         }
     }

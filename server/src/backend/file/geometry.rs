@@ -89,8 +89,8 @@ impl Alignment {
     /// Of a file that was opened for direct I/O; `None` if that does not work in blocks as small as ours.
     pub(super) fn of(file: &File, capacity: u64) -> Option<Self> {
         let alignment = Self::told(file).unwrap_or_else(|| Self::tried(file, capacity))?;
-        // Requests have whole sectors. Blocks between a sector and a page are taken for a page: see the module `file` for
-        // what must not share one.
+        // Requests have whole sectors. Blocks between a sector and a page are taken for a page: see the module `file`
+        // for what must not share one.
         let offset =
             if alignment.offset <= SECTOR as usize { SECTOR as usize } else { alignment.offset.max(MAX_ALIGNMENT) };
         let possible = |bytes: usize| bytes.is_power_of_two() && bytes <= MAX_ALIGNMENT;
@@ -153,5 +153,16 @@ mod tests {
             let told = told.unwrap();
             assert_eq!(tried.offset, told.offset.max(told.memory));
         }
+    }
+
+    #[test]
+    fn each_piece_has_to_fit() {
+        let piece =
+            |address: usize, len| libc::iovec { iov_base: std::ptr::without_provenance_mut(address), iov_len: len };
+        let alignment = Alignment { memory: 4, offset: 512 };
+        assert!(alignment.fits(&[]));
+        assert!(alignment.fits(&[piece(4, 512), piece(4096, 4096)]));
+        assert!(!alignment.fits(&[piece(4096, 4096), piece(2, 512)]), "address");
+        assert!(!alignment.fits(&[piece(4096, 256), piece(4, 256)]), "length");
     }
 }

@@ -1,16 +1,16 @@
 //! Blocks in a file or a block device, through io_uring.
 //!
-//! With [`Cache::None`] the data goes past the page cache (`O_DIRECT`), which has rules about alignment that a guest need
-//! not know. Requests that break them are served nevertheless, in one of two ways:
+//! With [`Cache::None`] the data goes past the page cache (`O_DIRECT`), which has rules about alignment that a guest
+//! need not know. Requests that break them are served nevertheless, in one of two ways:
 //! - Where only the guest's memory is not aligned, through aligned memory of our own.
 //! - Where offset or length is no multiple of the store's block, through a second descriptor that uses the page
-//!   cache. The kernel keeps the two coherent: a direct read first writes back what the cache holds dirty of its range, a
-//!   direct write drops what the cache holds of it, before and after. What it cannot keep coherent are a direct and
-//!   a buffered write of *different* parts of one page at the same time, since the buffered one brings the whole page with it. There are
-//!   none: where a block is as large as a page, a direct write that shares a page with another request shares
-//!   bytes with it, which no guest expects to work; where it is a sector, every request is a multiple of it. (With
-//!   pages above 4096 bytes, and blocks larger than a sector, guests do have to keep to the blocks.) Nor does the cache
-//!   read ahead, which would bring neighbours in.
+//!   cache. The kernel keeps the two coherent: a direct read first writes back what the cache holds dirty of its range,
+//!   a direct write drops what the cache holds of it, before and after. What it cannot keep coherent are a direct and a
+//!   buffered write of *different* parts of one page at the same time, since the buffered one brings the whole page
+//!   with it. There are none: where a block is as large as a page, a direct write that shares a page with another
+//!   request shares bytes with it, which no guest expects to work; where a block is a sector, every request is a
+//!   multiple of it. (With pages above 4096 bytes, and blocks larger than a sector, guests do have to keep to the
+//!   blocks.) Nor does the cache read ahead, which would bring neighbours in.
 //!
 //! The second reason is why unaligned memory must not take the second way: its neighbours in the page may be in flight.
 
@@ -43,8 +43,8 @@ pub enum Cache {
     None,
     /// Through the page cache.
     Writeback,
-    /// Through the page cache. That writes are on stable storage when they complete is the caller's part, who marks each
-    /// as durable; to the store it is the same as `Writeback`.
+    /// Through the page cache. That writes are on stable storage when they complete is the caller's part, who marks
+    /// each as durable; to the store it is the same as `Writeback`.
     Writethrough,
 }
 

@@ -45,7 +45,7 @@ fn what_cannot_be_opened_says_why() {
     assert!(matches!(refusal(&sized), OpenFailure::SizeDiffers { found: 1024, wanted: 4096 }));
     let message = FileStore::open(&sized).unwrap_err().to_string();
     assert!(message.contains("image: it has 1024 bytes, not 4096"), "{message}");
-    fs::set_permissions(&path, fs::Permissions::from_mode(0)).unwrap();
+    fs::set_permissions(&path, fs::Permissions::from_mode(0o000)).unwrap();
     if !nix::unistd::geteuid().is_root() {
         assert!(matches!(refusal(&options(&path)), OpenFailure::Permission { read_only: false }));
     }
@@ -126,6 +126,9 @@ fn unaligned_requests_see_aligned_ones_and_the_reverse() {
     };
     // As on a device with blocks of 4096 bytes.
     direct.alignment = Alignment { memory: 512, offset: 4096 };
+    for (offset, len, fits) in [(0, 4096, true), (4096, 8192, true), (512, 4096, false), (0, 512, false)] {
+        assert_eq!(opened.direct_for(offset, len).is_some(), fits, "{offset}+{len}");
+    }
     let mut rig = Rig::new(&store);
     let second = fs::File::open(&path).unwrap();
     // (offset, length, first address): direct; cached, within a block; bounced; cached, across blocks.
@@ -236,4 +239,38 @@ fn without_a_ring_there_is_no_backend() {
     let (_dir, _path, store) = store(Cache::None, 4096);
     let ring = Rc::new(Uring::without_kernel(&Waker::new().unwrap()));
     assert_eq!(store.attach(&ring).map(drop).unwrap_err().kind(), io::ErrorKind::Unsupported);
+}
+
+/// `VFIO_USER_BLK_TEST_DEVICE=/dev/loop0 cargo test -p vfio-user-blk block_device -- --ignored`
+#[test]
+#[ignore = "needs a block device to overwrite, named by VFIO_USER_BLK_TEST_DEVICE"]
+fn a_block_device_is_a_store() {
+    let path = PathBuf::from(std::env::var_os("VFIO_USER_BLK_TEST_DEVICE").unwrap());
+    for cache in [Cache::None, Cache::Writeback] {
+        let store = FileStore::open(&FileOptions { cache, ..options(&path) }).unwrap();
+        let info = store.info();
+        println!("{info:?}, {:?}", store.0.direct);
+        assert!(info.capacity >= 1 << 20);
+        assert_eq!(store.0.direct.is_some(), cache == Cache::None);
+        assert!(matches!(refusal(&options(&path)), OpenFailure::Busy));
+        let mut rig = Rig::new(&store);
+        for (offset, len, memory) in [(0, 1 << 20, 0), (4096, 8192, 4), (512, 512, 0), (3584, 1024, 8)] {
+            for unmap in [false, true] {
+                let buffers = rig.guest.buffers(&[(memory, len)]);
+                buffers.fill(7);
+                rig.one(Op::Write { offset, durable: unmap }, buffers).result.unwrap();
+                rig.one(Op::Flush, PinnedBuffers::default()).result.unwrap();
+                let zeroes = Op::WriteZeroes { offset: offset + len - 512, len: 512, unmap, durable: true };
+                rig.one(zeroes, PinnedBuffers::default()).result.unwrap();
+                let buffers = rig.guest.buffers(&[(memory, len)]);
+                buffers.fill(9);
+                rig.one(Op::Read { offset }, buffers).result.unwrap();
+                let mut read = vec![0; len as usize];
+                rig.guest.buffers(&[(memory, len)]).copy_to_slice(0, &mut read);
+                let (sevens, zeroes) = read.split_at(len as usize - 512);
+                assert!(sevens.iter().all(|byte| *byte == 7) && zeroes.iter().all(|byte| *byte == 0));
+                rig.one(Op::Discard { offset, len }, PinnedBuffers::default()).result.unwrap();
+            }
+        }
+    }
 }

@@ -308,3 +308,92 @@ unsafe impl Operation for Transfer {
         step
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::backend::contract::Guest;
+    use crate::backend::file::{Cache, FileOptions, FileStore};
+
+    /// What operations on a new file share.
+    fn shared(dir: &tempfile::TempDir) -> Shared {
+        let path = dir.path().join("image");
+        let options = FileOptions { path, read_only: false, cache: Cache::None, size: Some(1 << 20) };
+        Shared::new(&FileStore::open(&options).unwrap().0)
+    }
+
+    fn transfer(op: Op, buffers: PinnedBuffers, shared: &Shared) -> Transfer {
+        Transfer::new(Io { token: 0, op, buffers }, shared)
+    }
+
+    /// The operation, and the flags that are its own (`rw_flags`, `fsync_flags`).
+    fn parts(entry: &squeue::Entry) -> (u8, i32) {
+        assert_eq!(size_of_val(entry), 64);
+        // SAFETY: an entry is a `struct io_uring_sqe`: 64 initialised bytes, of which the 29th to 32nd are the flags.
+        let bytes: [u8; 64] = unsafe { std::ptr::from_ref(entry).cast::<[u8; 64]>().read() };
+        (bytes[0], i32::from_ne_bytes(bytes[28..32].try_into().unwrap()))
+    }
+
+    #[test]
+    fn durable_writes_say_so_whichever_way_they_go() {
+        let dir = tempfile::tempdir().unwrap();
+        let shared = shared(&dir);
+        let mut guest = Guest::new();
+        let ways = [vec![(0, 4096)], vec![(0, 512), (4096, 512)], vec![(4, 512)], vec![(3, 500), (700, 12)]];
+        for (pieces, durable) in ways.iter().flat_map(|way| [(way, false), (way, true)]) {
+            let op = Op::Write { offset: 512, durable };
+            let (_, flags) = parts(&transfer(op, guest.buffers(pieces), &shared).entry(&shared));
+            assert_eq!(flags, if durable { libc::RWF_DSYNC } else { 0 });
+        }
+    }
+
+    #[test]
+    fn durable_zeroes_end_with_a_sync() {
+        let dir = tempfile::tempdir().unwrap();
+        let shared = shared(&dir);
+        for (durable, unmap) in [(false, false), (false, true), (true, false), (true, true)] {
+            let op = Op::WriteZeroes { offset: 0, len: 4096, unmap, durable };
+            let mut transfer = transfer(op, PinnedBuffers::default(), &shared);
+            assert_eq!(parts(&transfer.entry(&shared)).0, opcode::Fallocate::CODE);
+            let again = matches!(transfer.landed(&shared, 0), Step::Again);
+            assert_eq!(again, durable);
+            if again {
+                let datasync = FsyncFlags::DATASYNC.bits() as i32;
+                assert_eq!(parts(&transfer.entry(&shared)), (opcode::Fsync::CODE, datasync));
+                assert!(matches!(transfer.landed(&shared, 0), Step::Over));
+            }
+            assert!(transfer.into_completion().result.is_ok());
+        }
+    }
+
+    #[test]
+    fn what_a_file_cannot_do_is_done_otherwise() {
+        let dir = tempfile::tempdir().unwrap();
+        let shared = shared(&dir);
+        let refused = |op| {
+            let mut transfer = transfer(op, PinnedBuffers::default(), &shared);
+            let mut codes = vec![parts(&transfer.entry(&shared)).0];
+            while matches!(transfer.landed(&shared, -libc::EOPNOTSUPP), Step::Again) {
+                codes.push(parts(&transfer.entry(&shared)).0);
+            }
+            (codes, transfer.into_completion().result.is_ok())
+        };
+        let (make, write) = (opcode::Fallocate::CODE, opcode::Write::CODE);
+        let zeroes = Op::WriteZeroes { offset: 0, len: 4096, unmap: true, durable: false };
+        assert_eq!(refused(Op::Discard { offset: 0, len: 4096 }), (vec![make], true));
+        assert_eq!(refused(zeroes), (vec![make, write], false), "holes were refused before");
+        assert_eq!(refused(zeroes), (vec![write], false));
+    }
+
+    #[test]
+    fn interruptions_are_not_errors_unless_they_never_end() {
+        let dir = tempfile::tempdir().unwrap();
+        let shared = shared(&dir);
+        let mut transfer = transfer(Op::Flush, PinnedBuffers::default(), &shared);
+        for _ in 0..MAX_RETRIES {
+            assert!(matches!(transfer.landed(&shared, -libc::EINTR), Step::Again));
+        }
+        assert!(matches!(transfer.landed(&shared, -libc::EINTR), Step::Over));
+        assert_eq!(transfer.into_completion().result.unwrap_err().raw_os_error(), Some(libc::EINTR));
+    }
+}

@@ -6,14 +6,15 @@
 //! - [`Ring`]: the io_uring itself. Where operations outlive their backend, it keeps them.
 //!
 //! # Safety
-//! What an entry of the ring leads to must stay as it is until the kernel is done with it. The argument has three parts:
-//! 1. An [`Operation`] owns (or shares) everything its entry leads to, at addresses that do not change when it is moved.
+//! What an entry of the ring leads to must stay as it is until the kernel is done with it. The argument in three parts:
+//! 1. An [`Operation`] owns or shares everything its entry leads to, at addresses that stay when it is moved.
 //! 2. A [`Client`] keeps each operation in its slot, untouched, until the kernel's completion of its last entry.
-//! 3. A client that is dropped before leaves its operations to the ring, which keeps them until their completions. A ring
-//!    that is dropped before waits for them; what is still in flight after that is never freed.
+//! 3. A client that is dropped before leaves its operations to the ring, which keeps them until their completions.
+//!    A ring that is dropped before waits for them; what is still in flight after that is never freed.
 
 mod client;
 mod ring;
+mod setup;
 
 use std::cell::RefCell;
 use std::io;
@@ -26,33 +27,8 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 
 pub(super) use client::{Client, Operation, Step};
 use ring::Ring;
-
-/// Why there is no ring.
-#[derive(Debug, thiserror::Error)]
-#[non_exhaustive]
-pub enum UringError {
-    /// The kernel was built without it, or a sandbox hides it.
-    #[error(
-        "this kernel offers no io_uring: files need Linux 5.15 or newer, with CONFIG_IO_URING, \
-         and outside of sandboxes that do not implement it (gVisor)"
-    )]
-    Missing,
-    /// The kernel has it, and does not let us.
-    #[error(
-        "io_uring is forbidden here: set the sysctl kernel.io_uring_disabled to 0, and in a container \
-         allow io_uring_setup, io_uring_enter and io_uring_register in its seccomp profile"
-    )]
-    Forbidden,
-    /// The kernel has an early form of it.
-    #[error("the io_uring of this kernel is too old: files need Linux 5.15 or newer")]
-    TooOld,
-    /// No memory for the queues.
-    #[error("there is no memory for an io_uring: raise the memory limit, or the locked memory limit (ulimit -l)")]
-    NoMemory,
-    /// The system refused.
-    #[error("cannot set up an io_uring: {0}")]
-    System(#[source] io::Error),
-}
+use setup::Setup;
+pub use setup::UringError;
 
 /// Ends the sleep of one thread in [`Uring::wait`].
 ///
@@ -106,7 +82,7 @@ impl Uring {
     /// # Errors
     /// If the kernel offers none.
     pub fn new(waker: &Waker) -> Result<Self, UringError> {
-        let ring = Ring::new(waker)?;
+        let ring = Ring::new(Setup::best()?, waker);
         Ok(Self { waker: waker.clone(), ring: Some(Rc::new(RefCell::new(ring))) })
     }
 
@@ -145,15 +121,18 @@ impl Uring {
 
 #[cfg(test)]
 mod tests {
+    use std::cell::Cell;
     use std::sync::atomic::{AtomicU64, Ordering};
     use std::thread;
 
-    use super::ring::Setup;
     use super::*;
+    use crate::backend::contract::Rig;
+    use crate::backend::file::{Cache, FileOptions, FileStore};
+    use crate::backend::{Op, Store};
 
     /// All forms that the system offers.
     fn forms(waker: &Waker) -> Vec<Uring> {
-        let rings = Setup::ALL.iter().filter_map(|setup| Ring::with(waker, *setup, 8).ok());
+        let rings = Setup::ALL.iter().filter_map(|setup| setup.build(8).ok()).map(|kernel| Ring::new(kernel, waker));
         let mut forms: Vec<_> =
             rings.map(|ring| Uring { waker: waker.clone(), ring: Some(Rc::new(RefCell::new(ring))) }).collect();
         assert!(!forms.is_empty(), "no io_uring here: {:?}", Uring::new(waker));
@@ -191,6 +170,64 @@ mod tests {
         }
     }
 
+    fn store(dir: &tempfile::TempDir) -> FileStore {
+        let path = dir.path().join("image");
+        FileStore::open(&FileOptions { path, read_only: false, cache: Cache::None, size: Some(1 << 20) }).unwrap()
+    }
+
+    #[test]
+    fn batches_may_be_larger_than_the_queue() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = store(&dir);
+        for setup in Setup::ALL {
+            let Ok(kernel) = setup.build(8) else { continue };
+            let kernel = Cell::new(Some(kernel));
+            let mut rig = Rig::on(&store, |waker| {
+                let ring = Ring::new(kernel.take().unwrap(), waker);
+                Uring { waker: waker.clone(), ring: Some(Rc::new(RefCell::new(ring))) }
+            });
+            for _ in 0..3 {
+                for n in 0..100 {
+                    let buffers = rig.guest.buffers(&[(n * 4096, 4096)]);
+                    rig.submit(Op::Read { offset: n * 4096 }, buffers).unwrap();
+                }
+                let done = rig.finish();
+                assert_eq!(done.len(), 100);
+                assert!(done.iter().all(|done| done.result.is_ok()));
+            }
+        }
+    }
+
+    #[test]
+    fn there_are_never_more_completions_than_the_ring_holds() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = store(&dir);
+        let mut rig = Rig::new(&store);
+        let mut others = Vec::new();
+        let mut taken = 0;
+        loop {
+            let buffers = rig.guest.buffers(&[(0, 512)]);
+            if rig.submit(Op::Read { offset: 0 }, buffers).is_ok() {
+                taken += 1;
+            } else if rig.backend.in_flight() == 0 {
+                break;
+            } else {
+                // The backend is full: another one, until the ring is.
+                rig.backend.commit();
+                others.push(std::mem::replace(&mut rig.backend, store.attach(&rig.ring).unwrap()));
+                rig.forget();
+            }
+            assert!(taken < 1 << 16, "without a bound");
+        }
+        let mut done = Vec::new();
+        while others.iter().any(|other| other.in_flight() > 0) {
+            others.iter_mut().for_each(|other| other.reap(&mut done));
+        }
+        assert_eq!(done.len(), taken);
+        let buffers = rig.guest.buffers(&[(0, 512)]);
+        rig.one(Op::Read { offset: 0 }, buffers).result.unwrap();
+    }
+
     #[test]
     fn no_wake_is_lost() {
         const ROUNDS: u64 = 20_000;
@@ -214,13 +251,5 @@ mod tests {
                 }
             });
         }
-    }
-
-    #[test]
-    fn errors_name_the_cure() {
-        assert!(UringError::from(io::Error::from(Errno::EPERM)).to_string().contains("io_uring_disabled"));
-        assert!(UringError::from(io::Error::from(Errno::EPERM)).to_string().contains("seccomp"));
-        assert!(UringError::from(io::Error::from(Errno::ENOSYS)).to_string().contains("CONFIG_IO_URING"));
-        assert!(UringError::from(io::Error::from(Errno::ENOMEM)).to_string().contains("ulimit -l"));
     }
 }

@@ -10,47 +10,14 @@ use std::{fmt, io, mem};
 use io_uring::types::{Fd, SubmitArgs, Timespec};
 use io_uring::{IoUring, opcode, squeue};
 
-use super::{UringError, Waker};
-
-/// Entries of the submission queue; a larger batch takes more than one system call.
-const SUBMISSIONS: u32 = 1024;
-
-/// Entries of the completion queue, which bounds the operations in flight on all clients together.
-const COMPLETIONS: u32 = 8192;
+use super::Waker;
 
 /// How long a ring that is dropped waits for operations whose backends are gone.
 const LAST_WAIT: Duration = Duration::from_secs(5);
 
-/// Where the counters of wakers are read to. Nobody looks at them, so that one place serves all rings, for ever: whatever
-/// becomes of a ring, the kernel writes here and nowhere else.
+/// Where the counters of wakers are read to. Nobody looks at them, so that one place serves all rings, for ever:
+/// whatever becomes of a ring, the kernel writes here and nowhere else.
 static SINK: AtomicU64 = AtomicU64::new(0);
-
-/// The features of the ring to ask for; older kernels do not have all.
-#[derive(Clone, Copy, Debug)]
-pub(super) enum Setup {
-    /// Linux 6.1: completions are made when this thread asks for them, and only then.
-    Deferred,
-    /// Linux 5.19: this thread is not interrupted for completions.
-    Cooperative,
-    /// Any.
-    Plain,
-}
-
-impl Setup {
-    /// The best first.
-    pub(super) const ALL: [Self; 3] = [Self::Deferred, Self::Cooperative, Self::Plain];
-}
-
-impl From<io::Error> for UringError {
-    fn from(error: io::Error) -> Self {
-        match error.raw_os_error() {
-            Some(libc::ENOSYS) => Self::Missing,
-            Some(libc::EPERM | libc::EACCES) => Self::Forbidden,
-            Some(libc::ENOMEM) => Self::NoMemory,
-            _ => Self::System(error),
-        }
-    }
-}
 
 /// Who an entry belongs to, as it travels through the kernel.
 #[derive(Clone, Copy)]
@@ -129,41 +96,11 @@ pub(super) struct Ring {
 }
 
 impl Ring {
-    /// The best ring that this kernel has.
-    pub(super) fn new(waker: &Waker) -> Result<Self, UringError> {
-        for setup in Setup::ALL {
-            match Self::with(waker, setup, SUBMISSIONS) {
-                // What a kernel does not know it calls invalid.
-                Err(UringError::System(error)) if error.raw_os_error() == Some(libc::EINVAL) => {}
-                result => return result,
-            }
-        }
-        Err(UringError::TooOld)
-    }
-
-    pub(super) fn with(waker: &Waker, setup: Setup, submissions: u32) -> Result<Self, UringError> {
-        let mut builder = IoUring::builder();
-        builder.setup_clamp().setup_cqsize(COMPLETIONS).dontfork();
-        match setup {
-            Setup::Deferred => {
-                builder.setup_single_issuer().setup_defer_taskrun().setup_taskrun_flag().setup_submit_all();
-            }
-            Setup::Cooperative => {
-                builder.setup_coop_taskrun().setup_taskrun_flag().setup_submit_all();
-            }
-            Setup::Plain => {}
-        }
-        let kernel = builder.build(submissions)?;
-        // Waiting with a time limit is the newest feature we rely on (5.11); the other is that entries may be reused
-        // as soon as they are submitted (5.5).
-        let params = kernel.params();
-        if !(params.is_feature_ext_arg() && params.is_feature_submit_stable() && params.is_feature_nodrop()) {
-            return Err(UringError::TooOld);
-        }
-        log::debug!("io_uring: {setup:?}, {} submissions, {} completions", params.sq_entries(), params.cq_entries());
+    /// Serves clients, as many operations at a time as the io_uring has completions.
+    pub(super) fn new(kernel: IoUring, waker: &Waker) -> Self {
         // One completion is the wake's.
-        let limit = params.cq_entries().saturating_sub(1);
-        Ok(Self {
+        let limit = kernel.params().cq_entries().saturating_sub(1);
+        Self {
             kernel,
             waker: waker.clone(),
             wake: Wake::Idle,
@@ -173,7 +110,7 @@ impl Ring {
             limit,
             landed: 0,
             system_calls: 0,
-        })
+        }
     }
 
     pub(super) fn system_calls(&self) -> u64 {
@@ -192,8 +129,8 @@ impl Ring {
         client as u32
     }
 
-    /// Ends a client that holds `operations` operations. What its entries lead to lies in `held`, which comes back if the
-    /// kernel has none of them.
+    /// Ends a client that holds `operations` operations. What its entries lead to lies in `held`, which comes back if
+    /// the kernel has none of them.
     pub(super) fn leave(&mut self, client: u32, operations: u32, held: Box<dyn Any>) -> Option<Box<dyn Any>> {
         let Some(account) = self.accounts.get_mut(client as usize) else {
             return Some(held);

@@ -1,0 +1,119 @@
+//! Making an io_uring, with what the kernel has of its features.
+
+use std::io;
+
+use io_uring::IoUring;
+
+/// Entries of the submission queue; a larger batch takes more than one system call.
+const SUBMISSIONS: u32 = 1024;
+
+/// Entries of the completion queue, which bounds the operations in flight on all clients together.
+const COMPLETIONS: u32 = 8192;
+
+/// Why there is no ring.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum UringError {
+    /// The kernel was built without it, or a sandbox hides it.
+    #[error(
+        "this kernel offers no io_uring: files need Linux 5.15 or newer, with CONFIG_IO_URING, \
+         and outside of sandboxes that do not implement it (gVisor)"
+    )]
+    Missing,
+    /// The kernel has it, and does not let us.
+    #[error(
+        "io_uring is forbidden here: set the sysctl kernel.io_uring_disabled to 0, and in a container \
+         allow io_uring_setup, io_uring_enter and io_uring_register in its seccomp profile"
+    )]
+    Forbidden,
+    /// The kernel has an early form of it.
+    #[error("the io_uring of this kernel is too old: files need Linux 5.15 or newer")]
+    TooOld,
+    /// No memory for the queues.
+    #[error("there is no memory for an io_uring: raise the memory limit, or the locked memory limit (ulimit -l)")]
+    NoMemory,
+    /// The system refused.
+    #[error("cannot set up an io_uring: {0}")]
+    System(#[source] io::Error),
+}
+
+impl From<io::Error> for UringError {
+    fn from(error: io::Error) -> Self {
+        match error.raw_os_error() {
+            Some(libc::ENOSYS) => Self::Missing,
+            Some(libc::EPERM | libc::EACCES) => Self::Forbidden,
+            Some(libc::ENOMEM) => Self::NoMemory,
+            _ => Self::System(error),
+        }
+    }
+}
+
+/// The features to ask for; older kernels do not have all.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Setup {
+    /// Linux 6.1: completions are made when the ring's thread asks for them, and only then.
+    Deferred,
+    /// Linux 5.19: the ring's thread is not interrupted for completions.
+    Cooperative,
+    /// Any.
+    Plain,
+}
+
+impl Setup {
+    /// The best first.
+    pub(super) const ALL: [Self; 3] = [Self::Deferred, Self::Cooperative, Self::Plain];
+
+    /// The best io_uring that this kernel has, for the thread that calls.
+    pub(super) fn best() -> Result<IoUring, UringError> {
+        for setup in Self::ALL {
+            match setup.build(SUBMISSIONS) {
+                // What a kernel does not know it calls invalid.
+                Err(UringError::System(error)) if error.raw_os_error() == Some(libc::EINVAL) => {}
+                result => return result,
+            }
+        }
+        Err(UringError::TooOld)
+    }
+
+    /// An io_uring with so many entries in its submission queue.
+    pub(super) fn build(self, submissions: u32) -> Result<IoUring, UringError> {
+        let mut builder = IoUring::builder();
+        builder.setup_clamp().setup_cqsize(COMPLETIONS).dontfork();
+        match self {
+            Self::Deferred => {
+                builder.setup_single_issuer().setup_defer_taskrun().setup_taskrun_flag().setup_submit_all();
+            }
+            Self::Cooperative => {
+                builder.setup_coop_taskrun().setup_taskrun_flag().setup_submit_all();
+            }
+            Self::Plain => {}
+        }
+        let kernel = builder.build(submissions)?;
+        // Waiting with a time limit is the newest feature we rely on (5.11). Before 5.5 entries may not be reused once
+        // they are submitted, and completions can be lost.
+        let params = kernel.params();
+        if !(params.is_feature_ext_arg() && params.is_feature_submit_stable() && params.is_feature_nodrop()) {
+            return Err(UringError::TooOld);
+        }
+        log::debug!("io_uring: {self:?}, {} submissions, {} completions", params.sq_entries(), params.cq_entries());
+        Ok(kernel)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn errors_name_the_cure() {
+        for (errno, cure) in [
+            (libc::EPERM, "io_uring_disabled"),
+            (libc::EPERM, "seccomp"),
+            (libc::ENOSYS, "CONFIG_IO_URING"),
+            (libc::ENOMEM, "ulimit -l"),
+        ] {
+            let message = UringError::from(io::Error::from_raw_os_error(errno)).to_string();
+            assert!(message.contains(cure), "{message}");
+        }
+    }
+}
