@@ -594,7 +594,8 @@ mod stable {
 macro_rules! clauses {
     ($fixture:ty, operations) => {
         clauses!(@ $fixture, operations: info_is_consistent each_comes_back_once looking_is_enough
-            tokens_belong_to_their_backend full_gives_the_operation_back dropped_in_flight_lets_go_of_memory_in_the_end);
+            tokens_belong_to_their_backend full_gives_the_operation_back
+            dropped_in_flight_lets_go_of_memory_in_the_end);
     };
     ($fixture:ty, blocks) => {
         clauses!(@ $fixture, blocks: nothing_written_reads_as_zero writes_are_seen_by_later_reads

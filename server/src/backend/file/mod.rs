@@ -12,7 +12,7 @@
 //!   multiple of it. (With pages above 4096 bytes, and blocks larger than a sector, guests do have to keep to the
 //!   blocks.) Nor does the cache read ahead, which would bring neighbours in.
 //!
-//! The second reason is why unaligned memory must not take the second way: its neighbours in the page may be in flight.
+//! That is why unaligned memory must not take the second way too: its neighbours in the page may be in flight.
 
 mod error;
 mod geometry;

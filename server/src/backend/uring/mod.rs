@@ -2,13 +2,13 @@
 //!
 //! - [`Uring`]: what the worker holds. It starts what was queued, and sleeps until there is something to do.
 //! - [`Waker`]: ends that sleep, from any thread.
-//! - [`Client`]: one backend's place on the ring, with the operations it has in flight.
-//! - [`Ring`]: the io_uring itself. Where operations outlive their backend, it keeps them.
+//! - `Client`: one backend's place on the ring, with the operations it has in flight.
+//! - `Ring`: the io_uring itself. Where operations outlive their backend, it keeps them.
 //!
 //! # Safety
 //! What an entry of the ring leads to must stay as it is until the kernel is done with it. The argument in three parts:
-//! 1. An [`Operation`] owns or shares everything its entry leads to, at addresses that stay when it is moved.
-//! 2. A [`Client`] keeps each operation in its slot, untouched, until the kernel's completion of its last entry.
+//! 1. An `Operation` owns or shares everything its entry leads to, at addresses that stay when it is moved.
+//! 2. A `Client` keeps each operation in its slot, untouched, until the kernel's completion of its last entry.
 //! 3. A client that is dropped before leaves its operations to the ring, which keeps them until their completions.
 //!    A ring that is dropped before waits for them; what is still in flight after that is never freed.
 

@@ -1,0 +1,65 @@
+//! Clients that go without a word, or that can't be served: the server is there for the next one.
+
+use std::time::Duration;
+
+use anyhow::Result;
+use testbed::Machine;
+
+use crate::{Disk, MIB};
+
+#[test]
+fn what_was_flushed_is_there_after_qemu_was_killed() -> Result<()> {
+    let disk = Disk::new(128 * MIB, &["--num-queues", "2"])?;
+    // Behind the records, the disk is kept busy, so that requests are in flight when QEMU is killed.
+    let script = "
+        while true; do dd if=/dev/zero of=/dev/vda bs=64k seek=1024 count=512 oflag=direct conv=notrunc; done 2>/dev/null &
+        set +x
+        for number in $(seq 1 10000); do
+            records $number $number | dd of=/dev/vda bs=4096 seek=$number conv=notrunc,fsync 2>/dev/null
+            fact flushed $number
+        done";
+    let mut guest = disk.boot(Machine::new(), script)?;
+    for _ in 0..50 {
+        guest.fact("flushed")?;
+    }
+    guest.process().kill()?;
+    let flushed: u32 = guest.facts("flushed").last().map_or(Ok(0), |number| number.parse())?;
+    drop(guest);
+    assert!((50..10000).contains(&flushed), "{flushed}");
+
+    let script = format!(
+        "
+        set +x
+        dd if=/dev/vda of=/tmp/found bs=4096 skip=1 count={flushed}
+        records 1 {flushed} >/tmp/expected
+        cmp /tmp/expected /tmp/found
+        files_survive_remount vda /mnt
+        fact intact {flushed}"
+    );
+    let mut guest = disk.boot(Machine::new(), &script)?;
+    guest.fact("intact")?;
+    guest.finish()
+}
+
+#[test]
+fn a_client_whose_memory_is_private_is_told_what_to_do() -> Result<()> {
+    is_told_what_to_do(Machine::new().private_memory())
+}
+
+#[test]
+fn a_client_whose_memory_is_no_file_is_told_what_to_do() -> Result<()> {
+    is_told_what_to_do(Machine::new().anonymous_memory())
+}
+
+/// The server's log says what is wrong with the memory of `machine`, and the next client is served.
+fn is_told_what_to_do(machine: Machine) -> Result<()> {
+    let disk = Disk::new(128 * MIB, &[])?;
+    let mut guest = disk.boot(machine, "")?;
+    disk.server.process().wait_for(&["ERROR", "share=on"], Duration::from_secs(120))?;
+    guest.process().kill()?;
+    drop(guest);
+
+    let mut guest = disk.boot(Machine::new(), "files_survive_remount vda /mnt; fact served")?;
+    guest.fact("served")?;
+    guest.finish()
+}

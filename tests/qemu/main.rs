@@ -1,0 +1,109 @@
+//! Linux guests under QEMU, with the server as an operator runs it.
+//!
+//! Each test has its own server, disk image and guest. What the functions in the guests' scripts do is said in
+//! `src/guest/prelude.sh`.
+
+mod devices;
+mod disconnect;
+mod first_path;
+mod hotplug;
+mod interrupts;
+mod read_only;
+mod reset;
+
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
+
+use anyhow::{Context, Result, anyhow};
+use tempfile::TempDir;
+use testbed::{Guest, Machine, Progress, Server, Testbed};
+
+const MIB: u64 = 1 << 20;
+
+/// QEMU and the guest, fetched by the first test that needs them.
+fn testbed() -> Result<&'static Testbed> {
+    static TESTBED: OnceLock<Result<Testbed, String>> = OnceLock::new();
+    let testbed = TESTBED.get_or_init(|| Testbed::open(&Progress::stderr()).map_err(|error| format!("{error:#}")));
+    testbed.as_ref().map_err(|error| anyhow!(error.clone()))
+}
+
+/// A server with one disk.
+struct Disk {
+    dir: TempDir,
+    server: Server,
+}
+
+impl Disk {
+    /// Serves an image of zeros.
+    fn new(size: u64, options: &[&str]) -> Result<Self> {
+        let dir = tempfile::tempdir()?;
+        create_image(&image(dir.path()), size)?;
+        Self::serve(dir, options)
+    }
+
+    /// Serves the file `disk.img` in `dir`.
+    fn serve(dir: TempDir, options: &[&str]) -> Result<Self> {
+        let (socket, image) = (socket(dir.path()), image(dir.path()));
+        let (socket, image) = (socket.to_string_lossy(), image.to_string_lossy());
+        let arguments = [&["--socket-path", &*socket, "--blk-file", &*image], options].concat();
+        Ok(Self { server: Server::start(&arguments)?, dir })
+    }
+
+    fn socket(&self) -> PathBuf {
+        socket(self.dir.path())
+    }
+
+    fn image(&self) -> PathBuf {
+        image(self.dir.path())
+    }
+
+    /// Boots `machine` with the disk, and runs `script`.
+    fn boot(&self, machine: Machine, script: &str) -> Result<Guest> {
+        testbed()?.boot(&machine.vfio_user(&self.socket()), script)
+    }
+}
+
+fn socket(dir: &Path) -> PathBuf {
+    dir.join("blk0.sock")
+}
+
+fn image(dir: &Path) -> PathBuf {
+    dir.join("disk.img")
+}
+
+fn create_image(path: &Path, size: u64) -> Result<()> {
+    File::create(path)?.set_len(size).with_context(|| format!("cannot make {}", path.display()))
+}
+
+/// A line of the guest's /proc/interrupts.
+#[derive(Debug)]
+struct Interrupt {
+    name: String,
+    chip: String,
+    count: u64,
+}
+
+/// What the guest's `interrupt_facts` told.
+fn interrupts(guest: &Guest) -> Result<Vec<Interrupt>> {
+    let parse = |fact: &String| {
+        let [name, chip, count] = fact.split(' ').collect::<Vec<_>>().try_into().ok()?;
+        Some(Interrupt { name: name.to_owned(), chip: chip.to_owned(), count: count.parse().ok()? })
+    };
+    let facts = guest.facts("interrupt");
+    facts.iter().map(|fact| parse(fact).with_context(|| format!("not an interrupt: {fact}"))).collect()
+}
+
+/// Asserts that `queues` request queues interrupt on their own MSI-X vectors, and each of them did.
+fn assert_every_queue_interrupts(guest: &Guest, queues: usize) -> Result<()> {
+    let interrupts = interrupts(guest)?;
+    for queue in 0..queues {
+        let name = format!("virtio0-req.{queue}");
+        let interrupt = interrupts.iter().find(|interrupt| interrupt.name == name);
+        let interrupt = interrupt.with_context(|| format!("no {name} in {interrupts:?}"))?;
+        assert!(interrupt.chip.starts_with("PCI-MSIX"), "{interrupt:?}");
+        assert!(interrupt.count > 0, "{interrupt:?}");
+    }
+    assert_eq!(interrupts.len(), queues + 1, "the queues' and the configuration's: {interrupts:?}");
+    Ok(())
+}

@@ -1,0 +1,62 @@
+# What a guest's script may use, besides busybox, fio and mkfs.ext4.
+
+# fact KEY VALUE...: tells the host, on a serial port of its own.
+fact() {
+    echo "$*" >/dev/ttyS1
+}
+
+# disk_facts DISK: what the kernel sees of a disk (vda).
+disk_facts() {
+    fact capacity $(($(cat "/sys/block/$1/size") * 512))
+    fact serial "$(cat "/sys/block/$1/serial")"
+    fact read-only "$(cat "/sys/block/$1/ro")"
+    fact queues "$(ls "/sys/block/$1/mq" | wc -l)"
+}
+
+# interrupt_facts DISK: "interrupt NAME CHIP COUNT" for each line of /proc/interrupts that belongs to the disk, with
+# the count of all processors.
+interrupt_facts() {
+    awk -v device="$(basename "$(readlink "/sys/block/$1/device")")" '
+        NR == 1 { cpus = NF }
+        $0 ~ device "(-|,|$)" {
+            count = 0
+            for (cpu = 0; cpu < cpus; cpu++) count += $(cpu + 2)
+            print "interrupt", $NF, $(cpus + 2), count
+        }' /proc/interrupts >/dev/ttyS1
+}
+
+# fio_verify FOLDER SIZE: one job for each processor writes SIZE in random blocks of 4 KiB, and verifies what it reads
+# back.
+fio_verify() {
+    jobs=$(nproc)
+    report=$(fio --minimal --name=verify --directory="$1" --size="$2" --numjobs="$jobs" --group_reporting \
+        --cpus_allowed="0-$((jobs - 1))" --cpus_allowed_policy=split \
+        --rw=randwrite --bs=4k --ioengine=libaio --iodepth=16 --direct=1 \
+        --verify=crc32c --do_verify=1 --verify_fatal=1)
+    # Fields of fio's terse output, version 3.
+    fact fio-errors "$(echo "$report" | cut -d ';' -f 5)"
+    fact fio-read-iops "$(echo "$report" | cut -d ';' -f 8)"
+    fact fio-write-iops "$(echo "$report" | cut -d ';' -f 49)"
+}
+
+# records FIRST LAST: prints 4096 bytes for each number, the number in decimal digits.
+records() {
+    for number in $(seq "$1" "$2"); do
+        printf '%04096d' "$number"
+    done
+}
+
+# files_survive_remount DISK FOLDER: makes ext4 and files on the disk, and reads the same after a remount.
+files_survive_remount() {
+    mkfs.ext4 -q -F "/dev/$1"
+    mkdir -p "$2"
+    mount -t ext4 "/dev/$1" "$2"
+    for file in 1 2 3 4 5 6 7 8; do
+        dd if=/dev/urandom of="$2/$file" bs=256k count=2
+    done
+    sha256sum "$2"/[1-8] >"/tmp/$1.sums"
+    sync
+    umount "$2"
+    mount -t ext4 "/dev/$1" "$2"
+    sha256sum -c "/tmp/$1.sums"
+}
