@@ -13,6 +13,7 @@ use virtio_bindings::virtio_config::VIRTIO_F_IOMMU_PLATFORM;
 use crate::backend::file::{self, FileOptions, FileStore};
 use crate::backend::memory::MemoryStore;
 use crate::backend::null::NullStore;
+use crate::backend::uring::{Uring, UringError, Waker};
 use crate::backend::{SECTOR, Store, StoreInfo};
 use crate::block::BlockService;
 use crate::config::{Cache, DeviceConfig, InvalidDevice, ServerConfig, Size, StoreKind};
@@ -45,6 +46,14 @@ pub enum OpenError {
     /// The file or block device.
     #[error(transparent)]
     File(#[from] file::OpenError),
+    /// A file store without io_uring.
+    #[error("{}: {source}", blk_file.display())]
+    Uring {
+        /// The file or block device.
+        blk_file: PathBuf,
+        /// What is missing, and how to have it.
+        source: UringError,
+    },
     /// A disk without a file.
     #[error("{}: cannot make a disk of {size}: {source}", socket_path.display())]
     Disk {
@@ -199,16 +208,21 @@ fn open_store(config: &DeviceConfig) -> Result<Arc<dyn Store>, OpenError> {
     let disk = |source| OpenError::Disk { socket_path: config.socket_path.clone(), size: Size(size), source };
     Ok(match (config.store_kind(), &config.blk_file) {
         (StoreKind::Null, _) => Arc::new(NullStore::new(size).map_err(disk)?),
-        (StoreKind::File, Some(path)) => Arc::new(FileStore::open(&FileOptions {
-            path: path.clone(),
-            read_only: config.read_only,
-            cache: match config.cache() {
-                Cache::None => file::Cache::None,
-                Cache::Writeback => file::Cache::Writeback,
-                Cache::Writethrough => file::Cache::Writethrough,
-            },
-            size: config.size.map(|size| size.0),
-        })?),
+        (StoreKind::File, Some(path)) => {
+            // Each worker makes a ring of its own; whether it can is to be known before a guest finds out.
+            let no_ring = |source| OpenError::Uring { blk_file: path.clone(), source };
+            Uring::new(&Waker::new().map_err(OpenError::Threads)?).map_err(no_ring)?;
+            Arc::new(FileStore::open(&FileOptions {
+                path: path.clone(),
+                read_only: config.read_only,
+                cache: match config.cache() {
+                    Cache::None => file::Cache::None,
+                    Cache::Writeback => file::Cache::Writeback,
+                    Cache::Writethrough => file::Cache::Writethrough,
+                },
+                size: config.size.map(|size| size.0),
+            })?)
+        }
         _ => Arc::new(MemoryStore::new(size).map_err(disk)?),
     })
 }

@@ -211,7 +211,7 @@ impl<'a> Attendance<'a> {
 
     fn region(&self, index: u32) -> Result<(Region, u64), Errno> {
         let region = Region::from_index(index).ok_or(Errno::EINVAL)?;
-        let size = self.device.function.regions().get(region.index() as usize).copied();
+        let size = self.device.function.regions().get(region.index()).copied();
         Ok((region, size.ok_or(Errno::EINVAL)?))
     }
 

@@ -17,7 +17,7 @@ use std::collections::HashMap;
 use std::io;
 use std::rc::Rc;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use crossbeam::channel::Sender;
 use virtio::queue::{Armed, QueueState};
@@ -28,6 +28,9 @@ use inbox::{Command, Inbox};
 pub(crate) use inbox::{Doorbell, QueueId};
 use patience::Patience;
 pub(crate) use pool::{Attached, Detaching, Pool};
+
+/// How long a worker whose ring fails to wait sleeps in place of it.
+const BROKEN_RING_PAUSE: Duration = Duration::from_millis(100);
 
 /// What a round of work came to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -214,7 +217,9 @@ impl Worker {
     fn sleep(&mut self) {
         if self.inbox.fall_asleep() {
             if let Err(error) = self.ring.wait() {
-                log::error!("worker: cannot wait for completions: {error}");
+                // The ring is broken, and what is in it lost to us; queues that do not need it go on.
+                log::error!("a worker cannot wait for completions: {error}");
+                std::thread::sleep(BROKEN_RING_PAUSE);
             }
             self.inbox.woke_up();
         }

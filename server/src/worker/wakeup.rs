@@ -7,6 +7,10 @@ use super::sync::{AtomicBool, Ordering, fence};
 /// Whoever leaves something for the worker calls [`must_wake`](Self::must_wake) afterwards; the worker calls
 /// [`fall_asleep`](Self::fall_asleep) before it sleeps. Both store first and then look at what the other stores: the
 /// store-buffer pattern again, and again the full barrier is inside.
+///
+/// The flag is only ever swapped, so that all its changes have one order and each follows the one that it has read.
+/// (By the language a store would do for the worker's changes; loom would then let a sender's swap come after a store
+/// that it did not read.)
 #[derive(Debug, Default)]
 pub(super) struct Awake {
     asleep: AtomicBool,
@@ -24,7 +28,7 @@ impl Awake {
 
     /// Says that the worker is about to sleep, unless `anything_left` then finds something.
     pub(super) fn fall_asleep(&self, anything_left: impl FnOnce() -> bool) -> bool {
-        self.asleep.store(true, Ordering::Relaxed);
+        self.asleep.swap(true, Ordering::Relaxed);
         // ORDERING: our store is `asleep`, our load is what others leave for us: the other half of `must_wake`.
         // Without it we may find nothing while whoever just left something still finds us awake.
         fence(Ordering::SeqCst);
@@ -37,7 +41,7 @@ impl Awake {
 
     /// Says that the worker is awake.
     pub(super) fn woke_up(&self) {
-        self.asleep.store(false, Ordering::Relaxed);
+        self.asleep.swap(false, Ordering::Relaxed);
     }
 }
 
@@ -64,13 +68,14 @@ impl Rung {
 /// The flags under loom. A worker that sleeps in spite of something left for it is a deadlock, which loom reports.
 ///
 /// What loom can and cannot see is said with the models of the rings (`virtio/src/queue/model.rs`). Here it comes to
-/// this: at most three threads, one worker and two that want something of it; what they leave is stored Relaxed, weaker
+/// this: at most three threads, one worker and two that want something of it, and with three at most two preemptions; what they leave is stored Relaxed, weaker
 /// than any queue would, so that the flags alone must order it; and the eventfd is a `Notify`, which may also wake
 /// for nothing. That the fences are needed is shown by `cargo xtask mutants`.
 #[cfg(all(test, loom))]
 mod model {
     use std::sync::Arc;
 
+    use loom::model::Builder;
     use loom::sync::Notify;
     use loom::sync::atomic::AtomicUsize;
     use loom::thread;
@@ -101,8 +106,9 @@ mod model {
         fn work(&self, letters: usize) {
             let mut got = 0;
             while got < letters {
-                if self.left() > got {
-                    got = self.left();
+                let left = self.left();
+                if left > got {
+                    got = left;
                 } else if self.awake.fall_asleep(|| self.left() > got) {
                     self.waker.wait();
                     self.awake.woke_up();
@@ -138,7 +144,9 @@ mod model {
 
     #[test]
     fn two_leave_something_while_the_worker_falls_asleep() {
-        loom::model(|| {
+        let mut builder = Builder::new();
+        builder.preemption_bound = Some(2);
+        builder.check(|| {
             let inbox = Arc::new(Inbox::default());
             let senders = [0, 1].map(|sender| {
                 let inbox = Arc::clone(&inbox);
