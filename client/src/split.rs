@@ -52,7 +52,10 @@ impl Descriptor {
 
 fn store_descriptor(table: &[AtomicU64], index: usize, descriptor: Descriptor) {
     for (field, word) in table[2 * index..].iter().zip(descriptor.to_words()) {
-        field.store(word, Ordering::Relaxed);
+        // What is there already is not written again: the device keeps its copy of the cache line.
+        if field.load(Ordering::Relaxed) != word {
+            field.store(word, Ordering::Relaxed);
+        }
     }
 }
 

@@ -1,17 +1,22 @@
 //! The block device's queues: where virtio's requests meet a store's operations.
 
+use std::collections::VecDeque;
 use std::io;
 use std::sync::Arc;
 
 use pci::Interrupt;
 use virtio::block::{InFlight, Operation, Pending, Request, SECTOR, SharedConfig, Status, parse};
-use virtio::memory::{GuestMemory, MappedRing, PinnedBuffers};
+use virtio::memory::{Access, GuestMemory, MappedRing, PinnedBuffers};
 use virtio::queue::{Armed, Chain, Head, QueueState, Signal, SplitQueue};
 
 use crate::backend::{Backend, Completion, Full, Io, Op, Store};
 use crate::device::{QueueParts, QueuePlace, QueueService, StartError};
 use crate::session::Events;
 use crate::worker::{QueueTask, Round, TaskBuilder};
+
+/// Requests that are taken off the ring together, before the first of them is looked into: while one is worked on, the
+/// memory of the next is on its way.
+const BATCH: usize = 8;
 
 /// Makes the tasks of one device's queues.
 pub(crate) struct BlockService {
@@ -38,11 +43,12 @@ impl QueueService for BlockService {
                 place,
                 queue: Ring::Mapped(queue),
                 memory,
-                chain: Chain::default(),
+                batch: Vec::with_capacity(BATCH),
+                chains: Vec::new(),
                 config,
                 backend,
                 in_flight: InFlight::new(place.size),
-                stalled: None,
+                stalled: VecDeque::new(),
                 completions: Vec::new(),
                 spare: Vec::new(),
                 interrupt,
@@ -74,15 +80,18 @@ struct BlockQueue {
     place: QueuePlace,
     queue: Ring,
     memory: GuestMemory,
-    chain: Chain,
+    /// Requests that were taken and not started yet.
+    batch: Vec<(Head, Chain)>,
+    /// Chains to be filled again.
+    chains: Vec<Chain>,
     config: Arc<SharedConfig>,
     backend: Box<dyn Backend>,
     in_flight: InFlight,
-    /// An operation that the backend had no room for: the next to go.
-    stalled: Option<Io>,
+    /// Operations that the backend had no room for: the next to go.
+    stalled: VecDeque<Io>,
     completions: Vec<Completion>,
     /// Buffer lists that wait to be used again.
-    spare: Vec<PinnedBuffers>,
+    spare: Vec<Box<PinnedBuffers>>,
     interrupt: Arc<dyn Interrupt>,
     events: Arc<Events>,
     /// Whether requests are taken: not when stopped, nor after the driver broke the rules.
@@ -93,31 +102,63 @@ struct BlockQueue {
 impl BlockQueue {
     fn take_requests(&mut self) -> Round {
         let mut round = Round::Nothing;
-        if let Some(io) = self.stalled.take() {
-            if !self.submit(io) {
-                return Round::Nothing;
+        while let Some(io) = self.stalled.pop_front() {
+            if let Err(Full(io)) = self.backend.submit(io) {
+                self.stalled.push_front(io);
+                return round;
             }
             round = Round::Progress;
         }
-        for _ in 0..self.place.size {
-            let Ring::Mapped(queue) = &mut self.queue else { break };
-            if !self.accepting || self.stalled.is_some() {
+        // A round takes no more than a queue's size, however fast the driver adds.
+        for _ in 0..usize::from(self.place.size).div_ceil(BATCH) {
+            if !self.accepting || !self.stalled.is_empty() {
                 break;
             }
-            match queue.pop(&mut self.memory, &mut self.chain) {
-                Ok(None) => break,
-                Ok(Some(head)) => self.start(head),
-                Err(error) => self.fault(&error),
+            self.fill_batch();
+            if self.batch.is_empty() {
+                break;
             }
             round = Round::Progress;
+            let mut batch = std::mem::take(&mut self.batch);
+            for (head, chain) in batch.drain(..) {
+                self.start(head, &chain);
+                self.chains.push(chain);
+            }
+            self.batch = batch;
         }
         round
     }
 
-    /// Starts the request that is in `self.chain`.
-    fn start(&mut self, head: Head) {
+    /// Takes some requests off the ring, and asks for the memory that will be looked at first.
+    fn fill_batch(&mut self) {
+        let Ring::Mapped(queue) = &mut self.queue else { return };
+        while self.batch.len() < BATCH {
+            let mut chain = self.chains.pop().unwrap_or_default();
+            match queue.pop(&mut self.memory, &mut chain) {
+                Ok(Some(head)) => {
+                    if let Some(header) = chain.readable().first() {
+                        self.memory.prefetch(header.iova, Access::READ);
+                    }
+                    if let Some(status) = chain.writable().last() {
+                        self.memory.prefetch(status.iova.wrapping_add(u64::from(status.len) - 1), Access::WRITE);
+                    }
+                    self.batch.push((head, chain));
+                }
+                Ok(None) => {
+                    self.chains.push(chain);
+                    break;
+                }
+                Err(error) => {
+                    self.fault(&error);
+                    break;
+                }
+            }
+        }
+    }
+
+    fn start(&mut self, head: Head, chain: &Chain) {
         let mut buffers = self.spare.pop().unwrap_or_default();
-        match parse(&self.chain, &mut self.memory, &self.config.limits(), &mut buffers) {
+        match parse(chain, &mut self.memory, &self.config.limits(), &mut buffers) {
             Ok(Request::Store { operation, written }) => {
                 // A read that fails has not written its data, which comes before the status.
                 let written_on_error = if matches!(operation, Operation::Read { .. }) { 0 } else { written };
@@ -144,14 +185,12 @@ impl BlockQueue {
         }
     }
 
-    /// Whether the backend had room; if not, the operation waits.
-    fn submit(&mut self, io: Io) -> bool {
-        match self.backend.submit(io) {
-            Ok(()) => true,
-            Err(Full(io)) => {
-                self.stalled = Some(io);
-                false
-            }
+    /// Hands an operation to the backend, or has it wait for room there, behind those that wait already.
+    fn submit(&mut self, io: Io) {
+        if !self.stalled.is_empty() {
+            self.stalled.push_back(io);
+        } else if let Err(Full(io)) = self.backend.submit(io) {
+            self.stalled.push_back(io);
         }
     }
 
@@ -177,7 +216,7 @@ impl BlockQueue {
         round
     }
 
-    fn finish(&mut self, head: Head, mut buffers: PinnedBuffers, status: Status, written: u32) {
+    fn finish(&mut self, head: Head, mut buffers: Box<PinnedBuffers>, status: Status, written: u32) {
         buffers.write_trailer(status as u8);
         buffers.clear();
         self.spare.push(buffers);
@@ -205,7 +244,7 @@ impl QueueTask for BlockQueue {
 
     fn arm(&mut self) -> Armed {
         match &mut self.queue {
-            Ring::Mapped(queue) if self.accepting && self.stalled.is_none() => queue.arm(),
+            Ring::Mapped(queue) if self.accepting && self.stalled.is_empty() => queue.arm(),
             _ => Armed::Sleep,
         }
     }

@@ -17,8 +17,8 @@ use crate::{Buffer, Doorbell, Error, GuestMemory, Segment, SharedSlice, SplitDri
 
 const SECTOR: usize = 512;
 const HEADER_LEN: u32 = 16;
-/// Header and status of a request; two share no cache line with a third.
-const SLOT_SIZE: usize = 32;
+/// Header and status of a request, in a cache line of their own: neither side waits for one that belongs to another request.
+const SLOT_SIZE: usize = 64;
 const STATUS_OFFSET: usize = 16;
 /// No status of the specification: a request that completes with it got none from the device.
 const NO_STATUS: u8 = 0xff;

@@ -125,7 +125,7 @@ impl Rig {
 
     pub(super) fn submit(&mut self, op: Op, buffers: PinnedBuffers) -> Result<(), Full> {
         let token = self.next;
-        self.backend.submit(Io { token, op, buffers })?;
+        self.backend.submit(Io { token, op, buffers: buffers.into() })?;
         self.next = self.next.wrapping_add(1);
         self.in_flight.push((token, op));
         assert_eq!(self.backend.in_flight(), self.in_flight.len());
@@ -302,7 +302,7 @@ mod operations {
             if let Some(Io { op, buffers, .. }) = refused {
                 assert_eq!(op, Op::Read { offset: taken % 2048 * 512 });
                 assert_eq!(buffers.len(), 512);
-                rig.one(op, buffers).result.unwrap();
+                rig.one(op, *buffers).result.unwrap();
             }
         }
     }

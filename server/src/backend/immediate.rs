@@ -32,7 +32,11 @@ impl<S: Execute> Backend for Immediate<S> {
     fn commit(&mut self) {}
 
     fn reap(&mut self, done: &mut Vec<Completion>) {
-        done.append(&mut self.done);
+        if done.is_empty() {
+            std::mem::swap(done, &mut self.done);
+        } else {
+            done.append(&mut self.done);
+        }
     }
 
     fn in_flight(&self) -> usize {

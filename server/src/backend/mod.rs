@@ -102,8 +102,9 @@ pub struct Io {
     pub token: u16,
     /// What is to be done.
     pub op: Op,
-    /// From where or to where; empty but for reads and writes.
-    pub buffers: PinnedBuffers,
+    /// From where or to where; empty but for reads and writes. In a box, which makes an operation cheap to hand on
+    /// and goes from one request to the next.
+    pub buffers: Box<PinnedBuffers>,
 }
 
 /// The end of an [`Io`].

@@ -67,7 +67,11 @@ pub(super) struct QueueBench {
     /// The next block of a sequential run.
     next: u64,
     buffers: Vec<(Buffer, Segment)>,
-    free: Vec<usize>,
+    /// Buffers that no request uses.
+    free: Vec<bool>,
+    in_flight: usize,
+    /// The buffer that the last request with this tag used: with the same one again, its descriptors stay as they are.
+    home: Vec<usize>,
     running: Vec<Option<Running>>,
     check: Option<Check>,
     latency: Histogram<u64>,
@@ -121,7 +125,9 @@ impl QueueBench {
             clock: Clock::new(),
             random: Random::new(index as u64 + 1),
             next: 0,
-            free: (0..depth).collect(),
+            free: vec![true; depth],
+            in_flight: 0,
+            home: (0..slots).map(|slot| slot % depth).collect(),
             buffers,
             running: vec![None; slots],
             check,
@@ -144,7 +150,7 @@ impl QueueBench {
             if !stop.load(Ordering::Relaxed) {
                 self.submit()?;
             }
-            if self.free.len() == self.buffers.len() {
+            if self.in_flight == 0 {
                 break;
             }
             self.wait()?;
@@ -161,7 +167,7 @@ impl QueueBench {
     /// Fills the queue up.
     fn submit(&mut self) -> Result<()> {
         let started = self.clock.raw();
-        while let Some(buffer) = self.free.pop() {
+        while let Some((head, buffer)) = self.buffer() {
             let (block, write) = self.choose();
             let sector = self.region.sector(block);
             let (memory, segment) = &self.buffers[buffer];
@@ -175,9 +181,22 @@ impl QueueBench {
             }
             let kind = if write { RequestType::Write } else { RequestType::Read };
             let tag = self.queue.submit(&BlockRequest { kind, sector, data: &[*segment] })?;
+            (self.home[head], self.free[buffer]) = (buffer, false);
+            self.in_flight += 1;
             self.running[tag.index()] = Some(Running { buffer, block, write, started });
         }
         Ok(self.queue.publish()?)
+    }
+
+    /// The head of the next request and a buffer for it, if there is to be one more.
+    fn buffer(&self) -> Option<(usize, usize)> {
+        let head = usize::from(self.queue.ring().next_head()?);
+        let home = self.home[head];
+        if self.free[home] {
+            return Some((head, home));
+        }
+        let other = || self.free.iter().position(|free| *free);
+        if self.in_flight < self.free.len() { other().map(|other| (head, other)) } else { None }
     }
 
     fn choose(&mut self) -> (u64, bool) {
@@ -243,7 +262,8 @@ impl QueueBench {
                 check.end(&running, sector, &self.buffers[running.buffer].0)?;
             }
             self.latency.saturating_record(self.clock.delta_as_nanos(running.started, now));
-            self.free.push(running.buffer);
+            self.free[running.buffer] = true;
+            self.in_flight -= 1;
             done += 1;
         }
         self.counters.done.store(self.counters.done() + done, Ordering::Relaxed);

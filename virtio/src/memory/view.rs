@@ -116,6 +116,15 @@ impl GuestMemory {
         Ok(())
     }
 
+    /// Asks the processor to have the byte at `iova` at hand soon, for this access: a hint, for a request that comes after
+    /// the one at work. Does nothing for an address outside the mapping that was used last.
+    #[inline]
+    pub fn prefetch(&self, iova: u64, access: Access) {
+        if let Some((host, _)) = self.last.as_ref().and_then(|last| last.host(iova, access)) {
+            prefetch(host, access);
+        }
+    }
+
     /// Sets the byte at `iova` apart, to be written by [`PinnedBuffers::write_trailer`].
     ///
     /// # Errors
@@ -159,6 +168,21 @@ impl GuestMemory {
         self.host(iova, access)?;
         self.last.as_ref().ok_or(Unmapped::Nowhere { iova })
     }
+}
+
+/// A hint to bring a cache line here: ours alone if it is to be written, so that the write need not ask for it again.
+#[inline(always)]
+fn prefetch(host: *const u8, access: Access) {
+    #[cfg(target_arch = "x86_64")]
+    if access.write {
+        // SAFETY: PREFETCHW changes no register, flag or memory, and never faults, whatever the address.
+        unsafe { std::arch::asm!("prefetchw [{}]", in(reg) host, options(nostack, preserves_flags, readonly)) };
+    } else {
+        // SAFETY: as above, for PREFETCHT0.
+        unsafe { std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T0 }>(host.cast()) };
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _no_hint = (host, access);
 }
 
 #[cfg(test)]
