@@ -91,6 +91,7 @@ struct BlockQueue {
     stalled: VecDeque<Io>,
     completions: Vec<Completion>,
     /// Buffer lists that wait to be used again.
+    #[expect(clippy::vec_box, reason = "the boxes are what is used again: operations carry them")]
     spare: Vec<Box<PinnedBuffers>>,
     interrupt: Arc<dyn Interrupt>,
     events: Arc<Events>,

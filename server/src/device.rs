@@ -9,6 +9,7 @@ use virtio::queue::{QueueState, RingFeatures};
 use virtio::transport::VirtioPci;
 
 use crate::config::PollPolicy;
+use crate::doorbell_page::DoorbellPage;
 use crate::session::Events;
 use crate::worker::TaskBuilder;
 
@@ -20,6 +21,8 @@ pub(crate) struct Device {
     pub(crate) service: Box<dyn QueueService>,
     /// How workers wait for its requests.
     pub(crate) poll: PollPolicy,
+    /// Where clients may write their kicks in place of sending them; only if its workers never sleep.
+    pub(crate) doorbell_page: Option<DoorbellPage>,
 }
 
 /// What a kind of device adds to the data path.

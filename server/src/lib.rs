@@ -8,6 +8,7 @@ pub mod backend;
 mod block;
 pub mod config;
 mod device;
+mod doorbell_page;
 mod listener;
 mod server;
 mod session;

@@ -16,8 +16,9 @@ use crate::backend::null::NullStore;
 use crate::backend::uring::{Uring, UringError, Waker};
 use crate::backend::{SECTOR, Store, StoreInfo};
 use crate::block::BlockService;
-use crate::config::{Cache, DeviceConfig, InvalidDevice, ServerConfig, Size, StoreKind};
+use crate::config::{Cache, DeviceConfig, Doorbell, InvalidDevice, ServerConfig, Size, StoreKind};
 use crate::device::Device;
+use crate::doorbell_page::DoorbellPage;
 use crate::listener::{ListenError, Listener};
 use crate::session::{Session, Stop};
 use crate::worker::Pool;
@@ -200,7 +201,12 @@ fn open_device(config: &DeviceConfig) -> Result<(Device, String), OpenError> {
     let read_only = if info.read_only { ", read-only" } else { "" };
     let plural = if queues == 1 { "" } else { "s" };
     let description = format!("{kind}: {size}, {queues} queue{plural}{read_only}");
-    Ok((Device { function, service: Box::new(service), poll: config.poll() }, description))
+    let doorbell_page = match config.doorbell() {
+        Doorbell::Messages => None,
+        Doorbell::Mapped => Some(DoorbellPage::new(&function).map_err(OpenError::Threads)?),
+    };
+    let service = Box::new(service);
+    Ok((Device { function, service, poll: config.poll(), doorbell_page }, description))
 }
 
 fn open_store(config: &DeviceConfig) -> Result<Arc<dyn Store>, OpenError> {

@@ -59,6 +59,10 @@ pub struct DeviceConfig {
     /// Whether the device's worker waits for requests awake or asleep [default: adaptive]
     #[arg(long, value_enum)]
     pub poll: Option<PollPolicy>,
+
+    /// How drivers kick: by messages, or by writes to a page that they map [default: messages]
+    #[arg(long, value_enum)]
+    pub doorbell: Option<Doorbell>,
 }
 
 /// Where the blocks live.
@@ -98,6 +102,18 @@ pub enum PollPolicy {
     Never,
 }
 
+/// How drivers kick.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum Doorbell {
+    /// By messages, or by eventfds for clients that ask for these
+    #[default]
+    Messages,
+    /// By writes to a page that the client maps, which costs nothing and wakes nobody: needs poll = "always", and has QEMU
+    /// wait for the answer to every other register write
+    Mapped,
+}
+
 /// Why a device cannot be as it is described. The names are those of the configuration file.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
@@ -120,6 +136,9 @@ pub enum InvalidDevice {
     /// The serial.
     #[error("serial {0:?} must be at most 20 printable ASCII characters")]
     Serial(String),
+    /// A doorbell that wakes nobody, and a worker that sleeps.
+    #[error("doorbell = \"mapped\" wakes no worker; it needs poll = \"always\"")]
+    MappedDoorbell,
     /// The size.
     #[error("size is {0}; it must be a multiple of 512 bytes, and more than 0")]
     Size(Size),
@@ -139,6 +158,7 @@ impl DeviceConfig {
             serial: None,
             cache: None,
             poll: None,
+            doorbell: None,
         }
     }
 
@@ -165,6 +185,9 @@ impl DeviceConfig {
         }
         if let Some(size) = self.size.filter(|size| size.0 == 0 || !size.0.is_multiple_of(512)) {
             return Err(InvalidDevice::Size(size));
+        }
+        if self.doorbell() == Doorbell::Mapped && self.poll() != PollPolicy::Always {
+            return Err(InvalidDevice::MappedDoorbell);
         }
         match &self.serial {
             Some(serial) if serial.len() > 20 || !serial.bytes().all(|byte| (b' '..=b'~').contains(&byte)) => {
@@ -199,6 +222,11 @@ impl DeviceConfig {
         self.poll.unwrap_or_default()
     }
 
+    /// How drivers kick.
+    pub fn doorbell(&self) -> Doorbell {
+        self.doorbell.unwrap_or_default()
+    }
+
     /// How a file is cached.
     pub fn cache(&self) -> Cache {
         self.cache.unwrap_or(Cache::None)
@@ -225,6 +253,12 @@ mod tests {
         });
         assert_eq!(with_file, Err(InvalidDevice::FileUnused));
         assert_eq!(check(|device| device.cache = Some(Cache::None)), Err(InvalidDevice::CacheUnused));
+        assert_eq!(check(|device| device.doorbell = Some(Doorbell::Mapped)), Err(InvalidDevice::MappedDoorbell));
+        let polled = check(|device| {
+            device.doorbell = Some(Doorbell::Mapped);
+            device.poll = Some(PollPolicy::Always);
+        });
+        assert_eq!(polled, Ok(()));
         assert_eq!(check(|device| device.num_queues = Some(64)), Ok(()));
         assert_eq!(check(|device| device.num_queues = Some(0)), Err(InvalidDevice::NumQueues(0)));
         assert_eq!(check(|device| device.num_queues = Some(65)), Err(InvalidDevice::NumQueues(65)));

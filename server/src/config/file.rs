@@ -117,7 +117,7 @@ impl ServerConfig {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::{Cache, PollPolicy, Size, StoreKind};
+    use crate::config::{Cache, Doorbell, PollPolicy, Size, StoreKind};
 
     fn parse(text: &str) -> Result<ServerConfig, ConfigFileError> {
         ServerConfig::parse(Path::new("test.toml"), text)
@@ -138,7 +138,8 @@ mod tests {
             queue_size = 128
             serial = "A"
             cache = "writethrough"
-            poll = "never"
+            poll = "always"
+            doorbell = "mapped"
             [[device]]
             socket_path = "b.sock"
             size = 1048576
@@ -154,7 +155,8 @@ mod tests {
         first.queue_size = Some(128);
         first.serial = Some("A".into());
         first.cache = Some(Cache::Writethrough);
-        first.poll = Some(PollPolicy::Never);
+        first.poll = Some(PollPolicy::Always);
+        first.doorbell = Some(Doorbell::Mapped);
         let mut second = DeviceConfig::new("b.sock");
         second.size = Some(Size(1 << 20));
         assert_eq!(config, ServerConfig { workers: Some(2), devices: vec![first, second] });

@@ -8,6 +8,6 @@ mod size;
 
 pub use bench::{BenchArgs, CompletionMode, Kick, Workload};
 pub use cli::{Cli, Command, ServeArgs};
-pub use device::{Cache, DeviceConfig, InvalidDevice, PollPolicy, StoreKind};
+pub use device::{Cache, DeviceConfig, Doorbell, InvalidDevice, PollPolicy, StoreKind};
 pub use file::{ConfigFileError, ServerConfig};
 pub use size::{Size, SizeError};

@@ -8,12 +8,12 @@ use log::{debug, error, info, warn};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use pci::{Effect, Irq, PciFunction, Region};
 use vfio_bindings::bindings::vfio::{
-    VFIO_DEVICE_FLAGS_PCI, VFIO_DEVICE_FLAGS_RESET, VFIO_PCI_NUM_IRQS, VFIO_REGION_INFO_FLAG_READ,
-    VFIO_REGION_INFO_FLAG_WRITE,
+    VFIO_DEVICE_FLAGS_PCI, VFIO_DEVICE_FLAGS_RESET, VFIO_PCI_NUM_IRQS, VFIO_REGION_INFO_FLAG_MMAP,
+    VFIO_REGION_INFO_FLAG_READ, VFIO_REGION_INFO_FLAG_WRITE,
 };
 use vfio_user::{
     ConnectionError, DeviceInfo, DmaUnmap, Errno, IoEventFd, RegionData, RegionInfo, RegionIoFds, Reply, ReplyTo,
-    Request, Sender,
+    Request, Sender, SparseMmapArea,
 };
 
 use super::data_path::DataPath;
@@ -120,7 +120,12 @@ impl<'a> Attendance<'a> {
             },
             Request::DeviceGetRegionIoFds { argsz, index } => self.region_io_fds(sender, to, argsz, index),
             Request::DeviceGetRegionInfo { argsz, index } => match self.region_info(index) {
-                Ok(info) => sender.reply(to, &Reply::RegionInfo { info: &info, argsz }),
+                Ok(info) => {
+                    // What can be mapped comes with the whole answer only, which says where it lies.
+                    let whole = !info.sparse_mmap.is_empty() && info.argsz() <= argsz;
+                    let page = self.device.doorbell_page.as_ref().filter(|_| whole).map(AsFd::as_fd);
+                    sender.reply_with_fds(to, &Reply::RegionInfo { info: &info, argsz }, page.as_slice())
+                }
                 Err(errno) => sender.refuse(to, errno),
             },
             Request::Version(proposed) => match negotiation::answer(&proposed, room) {
@@ -216,10 +221,15 @@ impl<'a> Attendance<'a> {
     }
 
     fn region_info(&self, index: u32) -> Result<RegionInfo, Errno> {
-        let (_, size) = self.region(index)?;
-        // No region may be mapped: a client that maps one waits for the answer to each write to any of them.
-        let flags = if size == 0 { 0 } else { VFIO_REGION_INFO_FLAG_READ | VFIO_REGION_INFO_FLAG_WRITE };
-        Ok(RegionInfo { flags, index, size, offset: 0, sparse_mmap: Vec::new() })
+        let (region, size) = self.region(index)?;
+        let mut flags = if size == 0 { 0 } else { VFIO_REGION_INFO_FLAG_READ | VFIO_REGION_INFO_FLAG_WRITE };
+        // Only where it was asked for: a client that may map something waits for the answer to each write to anything.
+        let page = self.device.doorbell_page.as_ref().and_then(|page| page.span(region));
+        let sparse_mmap: Vec<_> = page.into_iter().map(|(offset, size)| SparseMmapArea { offset, size }).collect();
+        if !sparse_mmap.is_empty() {
+            flags |= VFIO_REGION_INFO_FLAG_MMAP;
+        }
+        Ok(RegionInfo { flags, index, size, offset: 0, sparse_mmap })
     }
 
     /// Reads into `self.scratch`.

@@ -323,7 +323,7 @@ mod tests {
     }
 
     fn transfer(op: Op, buffers: PinnedBuffers, shared: &Shared) -> Transfer {
-        Transfer::new(Io { token: 0, op, buffers }, shared)
+        Transfer::new(Io { token: 0, op, buffers: buffers.into() }, shared)
     }
 
     /// The operation, and the flags that are its own (`rw_flags`, `fsync_flags`).
