@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use pci::Interrupt;
 use virtio::block::{InFlight, Operation, Pending, Request, SECTOR, SharedConfig, Status, parse};
-use virtio::memory::{Access, GuestMemory, MappedRing, PinnedBuffers};
+use virtio::memory::{Access, GuestMemory, MappedRing, PinnedBuffers, RingMapError};
 use virtio::queue::{Armed, Chain, Head, QueueState, Signal, SplitQueue};
 
 use crate::backend::{Backend, Completion, Full, Io, Op, Store};
@@ -228,6 +228,12 @@ impl BlockQueue {
         }
     }
 
+    /// The ring in guest memory as it is now.
+    fn map_ring(&mut self) -> Result<MappedRing, RingMapError> {
+        self.memory.refresh();
+        MappedRing::new(&mut self.memory, self.place.addresses, self.place.size)
+    }
+
     /// The driver broke the rules: nothing more is taken from this queue until the device is reset.
     fn fault(&mut self, error: &dyn std::error::Error) {
         self.accepting = false;
@@ -238,7 +244,6 @@ impl BlockQueue {
 impl QueueTask for BlockQueue {
     fn run(&mut self) -> Round {
         let taken = self.take_requests();
-        self.backend.commit();
         let given = self.give_back();
         if taken == Round::Progress { taken } else { given }
     }
@@ -259,12 +264,11 @@ impl QueueTask for BlockQueue {
     }
 
     fn refresh(&mut self) {
-        self.memory.refresh();
-        let ring = MappedRing::new(&mut self.memory, self.place.addresses, self.place.size);
-        if ring.is_err() {
-            // Before the old ring goes: once it has, the session may map the new memory, and must then tell us.
+        let ring = self.map_ring().or_else(|_| {
+            // Before the last look, and before the old ring goes: a mapping that comes after either must be told to us.
             self.events.ring_lost();
-        }
+            self.map_ring()
+        });
         let (parked, completed) = match std::mem::replace(&mut self.queue, Ring::Changing) {
             Ring::Mapped(queue) => (queue.with_memory(()), Vec::new()),
             Ring::Lost(queue, completed) => (queue, completed),

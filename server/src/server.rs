@@ -227,6 +227,7 @@ fn open_store(config: &DeviceConfig) -> Result<Arc<dyn Store>, OpenError> {
                     Cache::Writethrough => file::Cache::Writethrough,
                 },
                 size: config.size.map(|size| size.0),
+                fixed_buffers: config.fixed_buffers,
             })?)
         }
         _ => Arc::new(MemoryStore::new(size).map_err(disk)?),

@@ -5,6 +5,7 @@
 //!  debian    packages unpacked into a folder, without root and without installing them
 //!   qemu     a QEMU with `vfio-user-pci`: the machine's own, or Debian's
 //!   image    the guest: a kernel and an initramfs
+//!   tool     what measures, and what others are measured with: valgrind, fio, qemu-storage-daemon
 //! process    a child that dies with us, and the log of what it prints
 //!  server    `vfio-user-blk serve`
 //!  guest     QEMU running a guest and a script in it; `qmp` speaks to QEMU meanwhile
@@ -23,17 +24,19 @@ mod progress;
 mod qemu;
 mod qmp;
 mod server;
+mod tool;
 
 use std::process::Command;
 
 use anyhow::Result;
 
 pub use guest::Guest;
-pub use process::Process;
+pub use process::{Process, output};
 pub use progress::{Progress, Step};
 pub use qemu::{Machine, vfio_user};
 pub use qmp::Qmp;
-pub use server::Server;
+pub use server::{Server, binary};
+pub use tool::Tool;
 
 /// Everything that a guest needs, fetched and ready.
 #[derive(Debug)]

@@ -63,8 +63,11 @@ pub(crate) fn run(command: &Command, mut line: impl FnMut(&str)) -> Result<()> {
     Ok(())
 }
 
-/// Like [`run`]; returns standard output.
-pub(crate) fn output(command: &Command) -> Result<String> {
+/// Runs `command` to its end and returns its standard output.
+///
+/// # Errors
+/// When it can't be run or fails: with the end of what it printed on standard error.
+pub fn output(command: &Command) -> Result<String> {
     let mut text = String::new();
     run(command, |line| {
         let _ = writeln!(text, "{line}"); // writing to a String cannot fail
@@ -105,6 +108,20 @@ impl Process {
             log.follow("", stderr);
         }
         Ok(Self { name: name.to_owned(), child, log })
+    }
+
+    /// Starts `command` as `name`, with nothing on its standard input; it is killed when the thread that calls ends.
+    ///
+    /// # Errors
+    /// When it can't be run.
+    pub fn start(name: &str, command: &Command) -> Result<Self> {
+        Self::spawn(name, command, Stdio::null(), Arc::default())
+    }
+
+    /// Its process id.
+    #[must_use]
+    pub fn id(&self) -> u32 {
+        self.child.id()
     }
 
     /// What it has printed so far.

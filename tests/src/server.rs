@@ -58,8 +58,15 @@ impl Server {
     }
 }
 
-/// The path of the binary, built once, in the profile that we are built in. A build that failed is not tried again.
-fn binary() -> Result<PathBuf> {
+/// The path of the binary `vfio-user-blk`: the one that `$VFIO_USER_BLK` names, or else it is built once, in the profile
+/// that we are built in. A build that failed is not tried again.
+///
+/// # Errors
+/// What cargo says.
+pub fn binary() -> Result<PathBuf> {
+    if let Some(binary) = std::env::var_os("VFIO_USER_BLK").filter(|binary| !binary.is_empty()) {
+        return Ok(std::path::absolute(binary)?);
+    }
     static BINARY: OnceLock<Result<PathBuf, String>> = OnceLock::new();
     BINARY.get_or_init(|| build().map_err(|error| format!("{error:#}"))).clone().map_err(Error::msg)
 }

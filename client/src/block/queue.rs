@@ -1,6 +1,6 @@
 //! Requests to a block device over one queue (virtio 1.3 section 5.2.6).
 
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
@@ -163,6 +163,23 @@ impl BlockQueue {
             kicks: 0,
             interrupts: 0,
         })
+    }
+
+    /// A queue of a device that was set up by other means than a [`BlockDriver`](crate::BlockDriver), as a vhost-user
+    /// front end does: the device is notified by `kick`, and signals `interrupt`, if there is one.
+    ///
+    /// # Errors
+    /// [`Error::OutOfMemory`] when `memory` is too small.
+    pub fn over_eventfds(
+        memory: &GuestMemory,
+        ring: SplitDriver,
+        kick: OwnedFd,
+        interrupt: Option<EventFd>,
+        timeout: Duration,
+    ) -> Result<BlockQueue, Error> {
+        let bounce = memory.allocate(4096, 4096)?;
+        let limits = Limits { seg_max: None, size_max: None, timeout };
+        BlockQueue::new(memory, ring, Doorbell::eventfd(kick, 0), interrupt, bounce, limits)
     }
 
     /// The ring, for tests that look at it or break it.

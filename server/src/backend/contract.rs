@@ -43,30 +43,50 @@ trait IsStable: KeepsBlocks {
 }
 
 /// Memory of a guest: 8 MiB from address 0 on.
-pub(super) struct Guest {
+pub(crate) struct Guest {
     memory: GuestMemory,
     table: Arc<SharedTable>,
+    file: Arc<MemoryFile>,
+    access: Access,
 }
 
 impl Guest {
     const LEN: u64 = 8 << 20;
 
-    pub(super) fn new() -> Self {
+    pub(crate) fn new() -> Self {
+        Self::of_bytes(Self::LEN)
+    }
+
+    /// One that has another size.
+    pub(super) fn of_bytes(len: u64) -> Self {
         let file = File::from(memfd_create(c"guest", MFdFlags::MFD_CLOEXEC).unwrap());
-        file.set_len(Self::LEN).unwrap();
+        file.set_len(len).unwrap();
+        Self::of_file(file, Access::READ_WRITE)
+    }
+
+    /// One with a file for its memory.
+    pub(super) fn of_file(file: File, access: Access) -> Self {
         let file = Arc::new(MemoryFile::map(file).unwrap());
         let table = Arc::new(SharedTable::default());
-        table.map(Mapping::of_file(0, Self::LEN, Access::READ_WRITE, file, 0).unwrap()).unwrap();
-        Self { memory: GuestMemory::new(Arc::clone(&table)), table }
+        table.map(Mapping::of_file(0, file.len(), access, Arc::clone(&file), 0).unwrap()).unwrap();
+        Self { memory: GuestMemory::new(Arc::clone(&table)), table, file, access }
     }
 
     /// Pieces of it: address and bytes.
-    pub(super) fn buffers(&mut self, pieces: &[(u64, u64)]) -> PinnedBuffers {
+    pub(crate) fn buffers(&mut self, pieces: &[(u64, u64)]) -> PinnedBuffers {
         let mut buffers = PinnedBuffers::default();
         for (at, len) in pieces {
-            self.memory.pin(*at, *len, Access::READ_WRITE, &mut buffers).unwrap();
+            self.memory.pin(*at, *len, self.access, &mut buffers).unwrap();
         }
         buffers
+    }
+
+    /// Maps the memory at another address, from the start of its file.
+    pub(super) fn remap(&mut self, iova: u64) {
+        self.table.unmap(0, u64::MAX).unwrap();
+        let file = Arc::clone(&self.file);
+        self.table.map(Mapping::of_file(iova, file.len(), self.access, file, 0).unwrap()).unwrap();
+        self.memory.refresh();
     }
 
     /// Lets go of the memory; tells when all others have.
@@ -97,7 +117,7 @@ impl Limit {
 }
 
 /// One queue's place: a ring, a backend, a guest; does what a worker does.
-pub(super) struct Rig {
+pub(crate) struct Rig {
     pub(super) ring: Rc<Uring>,
     pub(super) backend: Box<dyn Backend>,
     pub(super) guest: Guest,
@@ -146,7 +166,7 @@ impl Rig {
 
     /// Waits for all that is in flight.
     pub(super) fn finish(&mut self) -> Vec<Completion> {
-        self.backend.commit();
+        self.ring.submit().unwrap();
         let mut done = self.reap();
         while !self.in_flight.is_empty() {
             self.ring.wait().unwrap();
@@ -256,7 +276,7 @@ mod operations {
             }
             // Either may find the other's completions.
             if round % 2 == 0 {
-                second.backend.commit();
+                second.ring.submit().unwrap();
             }
             assert_eq!(first.finish().len(), 16);
             assert_eq!(second.finish().len(), 16);
@@ -274,7 +294,7 @@ mod operations {
             rig.submit(Op::Read { offset: n * 512 }, buffers).unwrap();
             rig.submit(Op::Flush, PinnedBuffers::default()).unwrap();
         }
-        rig.backend.commit();
+        rig.ring.submit().unwrap();
         while !rig.in_flight.is_empty() {
             rig.reap();
             rig.check_limit();
@@ -316,7 +336,7 @@ mod operations {
                 rig.submit(Op::Read { offset: n * 4096 }, buffers).unwrap();
             }
             if committed {
-                rig.backend.commit();
+                rig.ring.submit().unwrap();
             }
             let Rig { ring, backend, guest, .. } = rig;
             let release = guest.release();
@@ -519,7 +539,7 @@ mod blocks {
                     rig.submit(Op::Flush, PinnedBuffers::default()).unwrap();
                 }
                 if action.seed % 3 == 0 {
-                    rig.backend.commit();
+                    rig.ring.submit().unwrap();
                 }
                 batch.push(action);
             }
@@ -651,18 +671,19 @@ impl Fixture for NullStore {
 }
 
 /// A file in a directory of its own.
-struct StoredFile<const DIRECT: bool> {
+struct StoredFile<const DIRECT: bool, const FIXED: bool = false> {
     store: FileStore,
     path: PathBuf,
     _dir: tempfile::TempDir,
 }
 
-impl<const DIRECT: bool> Fixture for StoredFile<DIRECT> {
+impl<const DIRECT: bool, const FIXED: bool> Fixture for StoredFile<DIRECT, FIXED> {
     fn new(capacity: u64) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("image");
         let cache = if DIRECT { Cache::None } else { Cache::Writeback };
-        let options = FileOptions { path: path.clone(), read_only: false, cache, size: Some(capacity) };
+        let options =
+            FileOptions { path: path.clone(), read_only: false, cache, size: Some(capacity), fixed_buffers: FIXED };
         Self { store: FileStore::open(&options).unwrap(), path, _dir: dir }
     }
 
@@ -675,9 +696,9 @@ impl<const DIRECT: bool> Fixture for StoredFile<DIRECT> {
     }
 }
 
-impl<const DIRECT: bool> KeepsBlocks for StoredFile<DIRECT> {}
+impl<const DIRECT: bool, const FIXED: bool> KeepsBlocks for StoredFile<DIRECT, FIXED> {}
 
-impl<const DIRECT: bool> IsStable for StoredFile<DIRECT> {
+impl<const DIRECT: bool, const FIXED: bool> IsStable for StoredFile<DIRECT, FIXED> {
     fn stored(&self) -> Vec<u8> {
         fs::read(&self.path).unwrap()
     }
@@ -687,5 +708,6 @@ contract! {
     memory: MemoryStore, operations blocks;
     null: NullStore, operations;
     file_direct: StoredFile<true>, operations blocks stable;
+    file_fixed_buffers: StoredFile<true, true>, operations blocks stable;
     file_buffered: StoredFile<false>, operations blocks stable;
 }

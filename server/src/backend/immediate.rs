@@ -29,8 +29,6 @@ impl<S: Execute> Backend for Immediate<S> {
         Ok(())
     }
 
-    fn commit(&mut self) {}
-
     fn reap(&mut self, done: &mut Vec<Completion>) {
         if done.is_empty() {
             std::mem::swap(done, &mut self.done);

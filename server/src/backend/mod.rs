@@ -9,8 +9,9 @@
 //! - offsets and lengths are multiples of 512 bytes and end within [`StoreInfo::capacity`];
 //! - for [`Op::Read`] and [`Op::Write`] the buffers hold as many bytes as are to be moved; for the rest they hold none;
 //! - nothing that changes the store is submitted to one that is [`StoreInfo::read_only`];
-//! - [`commit`](Backend::commit) follows each batch of submissions, and a [`reap`](Backend::reap) follows that before
-//!   the thread sleeps in [`Uring::wait`]: stores that need no kernel are done by then, and do not end the sleep.
+//! - [`Uring::submit`] or [`Uring::wait`] follows each batch of submissions, of all backends of the thread together, and
+//!   a [`reap`](Backend::reap) comes between the submissions and a wait: stores that need no kernel are done by then,
+//!   and do not end the sleep.
 //!
 //! The backend guarantees that
 //! - each [`Io`] that it took comes back once, in one [`Completion`], by its own token, in any order, with its buffers;
@@ -22,7 +23,7 @@
 //! - no call blocks on the store, and none panics.
 
 #[cfg(test)]
-mod contract;
+pub(crate) mod contract;
 pub mod file;
 mod immediate;
 pub mod memory;
@@ -141,14 +142,11 @@ pub trait Store: Send + Sync {
 
 /// One queue's access to a store; see the [contract](self).
 pub trait Backend {
-    /// Takes an operation.
+    /// Takes an operation, which is started by the ring's next call at the latest.
     ///
     /// # Errors
     /// The operation itself, if there is no room for it now.
     fn submit(&mut self, io: Io) -> Result<(), Full>;
-
-    /// Starts all that was submitted: at most one system call.
-    fn commit(&mut self);
 
     /// Adds what has completed to `done`.
     fn reap(&mut self, done: &mut Vec<Completion>);

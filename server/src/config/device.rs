@@ -56,6 +56,11 @@ pub struct DeviceConfig {
     #[arg(long, value_enum)]
     pub cache: Option<Cache>,
 
+    /// Pin the guest memory that an image file's data goes to and comes from, for as long as the client has it
+    #[arg(long)]
+    #[serde(default)]
+    pub fixed_buffers: bool,
+
     /// Whether the device's worker waits for requests awake or asleep [default: adaptive]
     #[arg(long, value_enum)]
     pub poll: Option<PollPolicy>,
@@ -127,6 +132,9 @@ pub enum InvalidDevice {
     /// A cache for a store that has none.
     #[error("cache is for store = \"file\" only; leave it out")]
     CacheUnused,
+    /// Pinned memory for a store that has no use for it.
+    #[error("fixed_buffers is for store = \"file\" with cache = \"none\" only; leave it out")]
+    FixedBuffersUnused,
     /// Number of queues.
     #[error("num_queues is {0}; it must be from 1 to 64")]
     NumQueues(u16),
@@ -157,6 +165,7 @@ impl DeviceConfig {
             queue_size: None,
             serial: None,
             cache: None,
+            fixed_buffers: false,
             poll: None,
             doorbell: None,
         }
@@ -176,6 +185,9 @@ impl DeviceConfig {
         }
         if !file && self.cache.is_some() {
             return Err(InvalidDevice::CacheUnused);
+        }
+        if self.fixed_buffers && !(file && self.cache() == Cache::None) {
+            return Err(InvalidDevice::FixedBuffersUnused);
         }
         if !(1..=64).contains(&self.num_queues()) {
             return Err(InvalidDevice::NumQueues(self.num_queues()));
@@ -253,6 +265,14 @@ mod tests {
         });
         assert_eq!(with_file, Err(InvalidDevice::FileUnused));
         assert_eq!(check(|device| device.cache = Some(Cache::None)), Err(InvalidDevice::CacheUnused));
+        assert_eq!(check(|device| device.fixed_buffers = true), Err(InvalidDevice::FixedBuffersUnused));
+        for (cache, result) in [(Cache::None, Ok(())), (Cache::Writeback, Err(InvalidDevice::FixedBuffersUnused))] {
+            let mut device = DeviceConfig::new("blk.sock");
+            device.blk_file = Some("a".into());
+            device.cache = Some(cache);
+            device.fixed_buffers = true;
+            assert_eq!(device.check(), result);
+        }
         assert_eq!(check(|device| device.doorbell = Some(Doorbell::Mapped)), Err(InvalidDevice::MappedDoorbell));
         let polled = check(|device| {
             device.doorbell = Some(Doorbell::Mapped);

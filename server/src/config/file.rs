@@ -137,7 +137,8 @@ mod tests {
             num_queues = 2
             queue_size = 128
             serial = "A"
-            cache = "writethrough"
+            cache = "none"
+            fixed_buffers = true
             poll = "always"
             doorbell = "mapped"
             [[device]]
@@ -154,7 +155,8 @@ mod tests {
         first.num_queues = Some(2);
         first.queue_size = Some(128);
         first.serial = Some("A".into());
-        first.cache = Some(Cache::Writethrough);
+        first.cache = Some(Cache::None);
+        first.fixed_buffers = true;
         first.poll = Some(PollPolicy::Always);
         first.doorbell = Some(Doorbell::Mapped);
         let mut second = DeviceConfig::new("b.sock");

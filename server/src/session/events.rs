@@ -2,7 +2,7 @@
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering, fence};
 
 use crossbeam::queue::SegQueue;
 use nix::sys::eventfd::{EfdFlags, EventFd};
@@ -38,15 +38,21 @@ impl Events {
         self.push(Event::BlankRing { queue });
     }
 
-    /// A queue's ring is not mapped any more: it wants to hear of the next mapping.
+    /// A queue's ring is not mapped: it wants to hear of the next mapping. Look for the ring once more afterwards.
     pub(crate) fn ring_lost(&self) {
-        // Release: seen by whoever sees that the ring's mapping is gone.
-        self.ring_lost.store(true, Ordering::Release);
+        self.ring_lost.store(true, Ordering::Relaxed);
+        // ORDERING: our store is `ring_lost`, our load is the table of mappings, looked at once more after this. The
+        // session's pair: it stores the table, has a full barrier, and loads `ring_lost` in `take_ring_lost`. Without
+        // ours we may find the old table while the session finds nobody waiting: the ring is mapped, and the queue rests
+        // for ever.
+        fence(Ordering::SeqCst);
     }
 
-    /// Whether a queue waits for a mapping; says so once.
+    /// Whether a queue waits for a mapping, asked after each; says so once.
     pub(super) fn take_ring_lost(&self) -> bool {
-        self.ring_lost.swap(false, Ordering::Acquire)
+        // ORDERING: the other half of `ring_lost`: our store is the table, our load is `ring_lost`.
+        fence(Ordering::SeqCst);
+        self.ring_lost.swap(false, Ordering::Relaxed)
     }
 
     /// The oldest event.

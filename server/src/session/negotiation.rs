@@ -14,8 +14,8 @@ const MAX_DATA_XFER_SIZE: u64 = 1 << 20;
 /// The unit of DMA ranges, in bytes.
 const PAGE_SIZE: u64 = 4096;
 
-/// Answers a client's proposal, in at most `room` bytes where that is possible: QEMU takes no reply that is larger
-/// than its request.
+/// Answers a client's proposal, with no capability that is not in it, and in at most `room` bytes where that is possible:
+/// QEMU takes no reply that is larger than its request.
 ///
 /// # Errors
 /// ENOTSUP if the client speaks another major version.
@@ -23,14 +23,15 @@ pub(super) fn answer(proposed: &Version, room: usize) -> Result<Version, Errno> 
     if proposed.major != MAJOR {
         return Err(Errno::ENOTSUP);
     }
+    let theirs = &proposed.capabilities;
     let whole = Version {
         major: MAJOR,
         minor: proposed.minor.min(MINOR),
         capabilities: Capabilities {
-            max_msg_fds: Some(MAX_MSG_FDS),
-            max_data_xfer_size: Some(MAX_DATA_XFER_SIZE),
-            max_dma_maps: Some(MAX_DMA_MAPS),
-            pgsizes: Some(PAGE_SIZE),
+            max_msg_fds: theirs.max_msg_fds.and(Some(MAX_MSG_FDS)),
+            max_data_xfer_size: theirs.max_data_xfer_size.and(Some(MAX_DATA_XFER_SIZE)),
+            max_dma_maps: theirs.max_dma_maps.and(Some(MAX_DMA_MAPS)),
+            pgsizes: theirs.pgsizes.and(Some(PAGE_SIZE)),
             ..Capabilities::default()
         },
     };

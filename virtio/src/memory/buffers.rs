@@ -7,6 +7,7 @@ use std::sync::Arc;
 use smallvec::SmallVec;
 use vm_memory::VolatileSlice;
 
+use super::file::MemoryFile;
 use super::mapping::Mapping;
 
 /// Pieces of guest memory, in order, together with the mappings they lie in.
@@ -58,6 +59,14 @@ impl PinnedBuffers {
     /// The pieces, for a system call; valid while `self` lives and is not changed.
     pub fn iovecs(&self) -> &[libc::iovec] {
         &self.iovecs
+    }
+
+    /// The file that all of it lies in; `None` if there are several, or no bytes at all.
+    #[inline]
+    pub fn file(&self) -> Option<&Arc<MemoryFile>> {
+        let (first, rest) = self.pins.split_first()?;
+        let file = first.file()?;
+        rest.iter().all(|pin| pin.file().is_some_and(|other| Arc::ptr_eq(file, other))).then_some(file)
     }
 
     /// The pieces as slices that can be copied from and to.
@@ -240,6 +249,32 @@ mod tests {
             assert_eq!(buffers.copy_to_slice(0, &mut back), rest.len());
             assert_eq!(back, rest);
         }
+    }
+
+    #[test]
+    fn the_file_of_all_pieces_is_told_if_it_is_one() {
+        let (file, other) = (memory_file(0x4000), memory_file(0x1000));
+        let map = |iova, file: &Arc<MemoryFile>, offset| {
+            Arc::new(Mapping::of_file(iova, 0x1000, Access::READ_WRITE, Arc::clone(file), offset).unwrap())
+        };
+        let (first, second, third) = (map(0, &file, 0x2000), map(0x1000, &file, 0), map(0x2000, &other, 0));
+        let mut buffers = PinnedBuffers::default();
+        assert!(buffers.file().is_none());
+        for (mapping, at, offset) in [(&first, 8, 0x2008), (&second, 0x1010, 0x10)] {
+            let (host, _) = mapping.host(at, Access::WRITE).unwrap();
+            // SAFETY: within the mapping, which is writable.
+            unsafe { buffers.push(host, 16, true, mapping) };
+            assert!(Arc::ptr_eq(buffers.file().unwrap(), &file));
+            assert_eq!(file.offset_of(buffers.iovecs().last().unwrap()), Some(offset));
+        }
+        let (host, _) = third.host(0x2000, Access::WRITE).unwrap();
+        // SAFETY: as above.
+        unsafe { buffers.push(host, 16, true, &third) };
+        assert!(buffers.file().is_none());
+        assert_eq!(other.offset_of(&other.piece(0x800, 0x1000)), Some(0x800), "cut off at the end");
+        let mut beyond = other.piece(0xff0, 0x10);
+        beyond.iov_len += 1;
+        assert_eq!(other.offset_of(&beyond), None);
     }
 
     #[test]

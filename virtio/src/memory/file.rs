@@ -1,8 +1,9 @@
 //! A file of guest memory, mapped whole.
 
 use std::fs::File;
-use std::io;
 use std::os::unix::fs::MetadataExt;
+use std::sync::{Mutex, PoisonError};
+use std::{fmt, io};
 
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use vm_memory::{FileOffset, MmapRegion};
@@ -32,11 +33,11 @@ pub enum MemoryFileError {
 /// A guest's RAM is one file or a few, while its IOVA ranges can be tens of thousands (a guest with an
 /// IOMMU makes and drops one for each buffer): mapping the file once makes each further range a matter of arithmetic, spends
 /// no kernel mapping on it, and works for huge pages, where a range need not be aligned to the page size.
-#[derive(Debug)]
 pub struct MemoryFile {
     region: MmapRegion,
     writable: bool,
     inode: (u64, u64),
+    on_release: Mutex<Vec<Box<dyn FnOnce() + Send>>>,
 }
 
 impl MemoryFile {
@@ -60,7 +61,7 @@ impl MemoryFile {
         let region =
             MmapRegion::build(Some(FileOffset::new(file, 0)), size, prot, libc::MAP_SHARED | libc::MAP_NORESERVE)
                 .map_err(io::Error::other)?;
-        Ok(Self { region, writable, inode: (metadata.dev(), metadata.ino()) })
+        Ok(Self { region, writable, inode: (metadata.dev(), metadata.ino()), on_release: Mutex::default() })
     }
 
     /// Whether `file` is this very file, opened for the same access, and no longer than what is mapped.
@@ -90,6 +91,26 @@ impl MemoryFile {
         self.writable
     }
 
+    /// Where `piece` lies, in bytes from the start of the file; `None` if it is not a part of it.
+    #[inline]
+    pub fn offset_of(&self, piece: &libc::iovec) -> Option<u64> {
+        let offset = piece.iov_base.addr().checked_sub(self.as_ptr().addr())? as u64;
+        (offset.checked_add(piece.iov_len as u64)? <= self.len()).then_some(offset)
+    }
+
+    /// The bytes from `offset` on, `len` of them or as many as there are, for a system call; valid while `self` lives.
+    pub fn piece(&self, offset: u64, len: u64) -> libc::iovec {
+        let offset = offset.min(self.len());
+        let len = len.min(self.len() - offset);
+        libc::iovec { iov_base: self.as_ptr().wrapping_add(offset as usize).cast(), iov_len: len as usize }
+    }
+
+    /// Has `hook` run when the last holder lets go of the file, on that one's thread: for those who keep something that
+    /// belongs to it and is not mapped memory, such as pages that a kernel has pinned. It must not wait.
+    pub fn on_release(&self, hook: impl FnOnce() + Send + 'static) {
+        self.on_release.lock().unwrap_or_else(PoisonError::into_inner).push(Box::new(hook));
+    }
+
     /// The first mapped byte.
     pub(super) fn as_ptr(&self) -> *mut u8 {
         self.region.as_ptr()
@@ -98,5 +119,19 @@ impl MemoryFile {
     /// The open file, which keeps its mapping's identity.
     pub(super) fn file(&self) -> Option<&File> {
         self.region.file_offset().map(FileOffset::file)
+    }
+}
+
+impl fmt::Debug for MemoryFile {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "MemoryFile({:#x} bytes)", self.len())
+    }
+}
+
+impl Drop for MemoryFile {
+    fn drop(&mut self) {
+        for hook in self.on_release.get_mut().unwrap_or_else(PoisonError::into_inner).drain(..) {
+            hook();
+        }
     }
 }

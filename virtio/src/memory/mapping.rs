@@ -163,6 +163,12 @@ impl Mapping {
         Some((host.file.as_ptr().wrapping_add((host.offset + offset) as usize), left))
     }
 
+    /// The file behind it.
+    #[inline]
+    pub(super) fn file(&self) -> Option<&Arc<MemoryFile>> {
+        self.host.as_ref().map(|host| &host.file)
+    }
+
     /// The file and the offset in it of `iova`, for a second mapping of the same bytes.
     pub(super) fn file_at(&self, iova: u64) -> Option<(&MemoryFile, u64)> {
         let host = self.host.as_ref()?;

@@ -167,10 +167,15 @@ impl VirtioPci {
         self.common.driver_features()
     }
 
-    /// Whether the enabled queues may run: DRIVER_OK is set, the function is bus master, and the
+    /// Whether the enabled queues may be started: DRIVER_OK is set, the function is bus master, and the
     /// device neither needs a reset nor is being reset.
     pub fn is_running(&self) -> bool {
-        self.common.driver_ok() && !self.common.needs_reset() && self.config.bus_master()
+        self.may_access_memory() && !self.common.needs_reset()
+    }
+
+    /// Whether queues that were started may go on.
+    fn may_access_memory(&self) -> bool {
+        self.common.driver_ok() && self.config.bus_master()
     }
 
     /// The reset that [`Effect::Reset`] asked for is done: all queues have stopped and nothing

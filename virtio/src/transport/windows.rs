@@ -94,13 +94,14 @@ impl VirtioPci {
     }
 
     /// An available buffer notification (section 4.1.5.2): the queue's index, in 2 bytes or in the
-    /// low half of 4, at the queue's own address.
+    /// low half of 4, at the queue's own address. Also when the device needs a reset: the queues that kept
+    /// to the rules are served until it comes.
     fn notify(&self, offset: usize, data: &[u8]) -> Effect {
         let (2 | 4, &[low, high, ..]) = (data.len(), data) else { return Effect::None };
         let queue = u16::from_le_bytes([low, high]);
         let addressed = usize::from(queue) * NOTIFY_OFF_MULTIPLIER == offset;
         match self.common.queue(queue) {
-            Some(registers) if addressed && registers.is_served() && self.is_running() => Effect::Kick(queue),
+            Some(registers) if addressed && registers.is_served() && self.may_access_memory() => Effect::Kick(queue),
             _ => Effect::None,
         }
     }

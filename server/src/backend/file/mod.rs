@@ -59,6 +59,9 @@ pub struct FileOptions {
     pub cache: Cache,
     /// Bytes: what a file that exists must have, and a sparse file is created with if there is none.
     pub size: Option<u64>,
+    /// Whether guest memory that data goes to and comes from is pinned for as long as the client has it, in place of for
+    /// each request. Helps direct I/O only. See the module `uring::memory` for what pinned memory means to a guest.
+    pub fixed_buffers: bool,
 }
 
 /// A file or a block device.
@@ -74,6 +77,7 @@ struct Opened {
     /// Goes past it.
     direct: Option<Direct>,
     info: StoreInfo,
+    fixed_buffers: bool,
     /// Whether the file has said that it cannot free bytes.
     no_punch_hole: AtomicBool,
     /// Whether the file has said that it cannot zero bytes.
@@ -89,6 +93,11 @@ struct Direct {
 }
 
 impl Opened {
+    /// The file that most operations use.
+    fn main(&self) -> &File {
+        self.direct.as_ref().map_or(&self.file, |direct| &direct.file)
+    }
+
     /// What a range of the file can be moved by past the page cache.
     fn direct_for(&self, offset: u64, len: u64) -> Option<&Direct> {
         let fits = |direct: &&Direct| (offset | len) & (direct.alignment.offset as u64 - 1) == 0;
@@ -118,7 +127,7 @@ impl Store for FileStore {
     }
 
     fn attach(&self, ring: &Rc<Uring>) -> io::Result<Box<dyn Backend>> {
-        Ok(Box::new(FileBackend { client: Client::new(ring, Shared::new(&self.0))? }))
+        Ok(Box::new(FileBackend { client: Client::new(ring, Shared::new(&self.0, ring))? }))
     }
 
     fn flush(&self) -> io::Result<()> {
@@ -134,10 +143,6 @@ impl Backend for FileBackend {
     fn submit(&mut self, io: Io) -> Result<(), Full> {
         let transfer = Transfer::new(io, self.client.context());
         self.client.start(transfer).map_err(|transfer| Full(transfer.into_io()))
-    }
-
-    fn commit(&mut self) {
-        self.client.commit();
     }
 
     fn reap(&mut self, done: &mut Vec<Completion>) {

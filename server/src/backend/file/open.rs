@@ -69,7 +69,8 @@ impl Opened {
             write_zeroes_unmap: frees,
         };
         let (no_punch_hole, no_zero_range) = (AtomicBool::new(!frees), AtomicBool::new(false));
-        Ok(Self { file, direct, info, no_punch_hole, no_zero_range, _lock: lock })
+        let fixed_buffers = options.fixed_buffers;
+        Ok(Self { file, direct, info, fixed_buffers, no_punch_hole, no_zero_range, _lock: lock })
     }
 }
 

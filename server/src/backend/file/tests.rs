@@ -8,10 +8,10 @@ use super::*;
 use crate::backend::Op;
 use crate::backend::contract::{Guest, Rig};
 use crate::backend::uring::Waker;
-use virtio::memory::PinnedBuffers;
+use virtio::memory::{Access, PinnedBuffers};
 
 fn options(path: &Path) -> FileOptions {
-    FileOptions { path: path.to_owned(), read_only: false, cache: Cache::None, size: None }
+    FileOptions { path: path.to_owned(), read_only: false, cache: Cache::None, size: None, fixed_buffers: false }
 }
 
 fn refusal(options: &FileOptions) -> OpenFailure {
@@ -108,11 +108,125 @@ fn a_batch_takes_one_system_call() {
             rig.submit(Op::Read { offset: n * 4096 }, buffers).unwrap();
         }
         let before = rig.ring.system_calls();
-        rig.backend.commit();
+        rig.ring.submit().unwrap();
         assert_eq!(rig.ring.system_calls() - before, 1, "round {round}");
-        rig.backend.commit();
+        rig.ring.submit().unwrap();
         assert!(rig.ring.system_calls() - before <= 2, "at most for completions that are ready");
         assert_eq!(rig.finish().len(), 32);
+    }
+}
+
+/// A store with fixed buffers, of 1 MiB, that numbers its sectors.
+fn fixed_store() -> (tempfile::TempDir, FileStore) {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("image");
+    let bytes: Vec<u8> = (0..1 << 20).map(|at| (at / 512) as u8).collect();
+    fs::write(&path, bytes).unwrap();
+    (dir, FileStore::open(&FileOptions { fixed_buffers: true, ..options(&path) }).unwrap())
+}
+
+fn check_read(rig: &mut Rig, pieces: &[(u64, u64)]) {
+    let buffers = rig.guest.buffers(pieces);
+    buffers.fill(0xff);
+    let len = buffers.len() as usize;
+    rig.one(Op::Read { offset: 512 * 7 }, buffers).result.unwrap();
+    let mut read = vec![0; len];
+    rig.guest.buffers(pieces).copy_to_slice(0, &mut read);
+    assert!(read.iter().enumerate().all(|(at, byte)| usize::from(*byte) == 7 + at / 512));
+}
+
+#[test]
+fn fixed_buffers_follow_the_file_of_guest_memory_and_go_with_it() {
+    let (_dir, store) = fixed_store();
+    let mut rig = Rig::new(&store);
+    for _ in 0..3 {
+        // Pieces of 16 MiB are registered when they are used first; a request across two goes without.
+        rig.guest = Guest::of_bytes(40 << 20);
+        assert_eq!(rig.ring.registered().1, 0);
+        check_read(&mut rig, &[(4096, 8192)]);
+        check_read(&mut rig, &[(0, 512), (65536, 512), (8192, 4096)]);
+        assert_eq!(rig.ring.registered().1, 1);
+        check_read(&mut rig, &[((16 << 20) - 4096, 8192)]);
+        assert_eq!(rig.ring.registered().1, 1);
+        check_read(&mut rig, &[((40 << 20) - 4096, 4096)]);
+        assert_eq!(rig.ring.registered().1, 2);
+        let old = std::mem::replace(&mut rig.guest, Guest::new());
+        // In flight while the memory is taken away.
+        let mut io = Guest::buffers(&mut { old }, &[(0, 4096)]);
+        io.fill(0);
+        rig.submit(Op::Read { offset: 0 }, io).unwrap();
+        rig.ring.submit().unwrap();
+        assert_eq!(rig.ring.registered().1, 2, "still in use");
+        io = *rig.finish().pop().unwrap().io.buffers;
+        assert_eq!(rig.ring.registered().1, 2, "still in use");
+        drop(io);
+        // Even a thread that has nothing else to do wakes for it.
+        while rig.ring.registered().1 > 0 {
+            rig.ring.wait().unwrap();
+        }
+    }
+}
+
+#[test]
+fn ranges_come_and_go_and_the_fixed_buffers_stay() {
+    let (_dir, store) = fixed_store();
+    let mut rig = Rig::new(&store);
+    check_read(&mut rig, &[(0, 4096)]);
+    rig.guest.remap(1 << 20);
+    check_read(&mut rig, &[(1 << 20, 4096)]);
+    assert_eq!(rig.ring.registered().1, 1);
+    let other = std::mem::replace(&mut rig.guest, Guest::new());
+    check_read(&mut rig, &[(0, 4096)]);
+    assert_eq!(rig.ring.registered().1, 2, "two files");
+    drop(other);
+    while rig.ring.registered().1 > 1 {
+        rig.ring.wait().unwrap();
+    }
+    check_read(&mut rig, &[(0, 4096)]);
+    assert_eq!(rig.ring.registered().1, 1);
+}
+
+#[test]
+fn memory_that_cannot_be_a_fixed_buffer_is_used_without() {
+    let (dir, store) = fixed_store();
+    let mut rig = Rig::new(&store);
+    let path = dir.path().join("memory");
+    fs::write(&path, [9; 8192]).unwrap();
+    rig.guest = Guest::of_file(fs::File::open(path).unwrap(), Access::READ);
+    let buffers = rig.guest.buffers(&[(0, 4096)]);
+    rig.one(Op::Write { offset: 4096, durable: false }, buffers).result.unwrap();
+    assert_eq!(rig.ring.registered().1, 0, "it cannot be written");
+    rig.guest = Guest::new();
+    let buffers = rig.guest.buffers(&[(0, 4096)]);
+    rig.one(Op::Read { offset: 4096 }, buffers).result.unwrap();
+    let mut read = [0; 4096];
+    rig.guest.buffers(&[(0, 4096)]).copy_to_slice(0, &mut read);
+    assert_eq!(read, [9; 4096]);
+    assert_eq!(rig.ring.registered().1, 1);
+}
+
+#[test]
+fn a_file_is_registered_as_long_as_a_backend_uses_it() {
+    let (_dir, path, store) = store(Cache::None, 1 << 20);
+    let mut rig = Rig::new(&store);
+    assert_eq!(rig.ring.registered().0, 1);
+    // More backends than the table has room for, of which the last go without.
+    let backends: Vec<_> = (0..5000).map(|_| store.attach(&rig.ring).unwrap()).collect();
+    let registered = rig.ring.registered().0;
+    assert!((256..5000).contains(&registered), "{registered}");
+    let first = std::mem::replace(&mut rig.backend, backends.into_iter().last().unwrap());
+    assert_eq!(rig.ring.registered().0, 1);
+    let buffers = rig.guest.buffers(&[(0, 4096)]);
+    rig.one(Op::Read { offset: 0 }, buffers).result.unwrap();
+    rig.backend = first;
+    let buffers = rig.guest.buffers(&[(0, 4096)]);
+    rig.submit(Op::Read { offset: 0 }, buffers).unwrap();
+    rig.backend = store.attach(&rig.ring).unwrap();
+    assert_eq!(rig.ring.registered().0, 2, "the one that is gone has a read in flight");
+    drop((path, store));
+    rig.forget();
+    while rig.ring.registered().0 > 1 {
+        rig.ring.wait().unwrap();
     }
 }
 
@@ -223,13 +337,13 @@ fn a_slot_of_a_backend_that_is_gone_is_not_taken_for_anothers() {
             rig.submit(Op::Read { offset: 0 }, buffers).unwrap();
         }
         if round % 2 == 0 {
-            rig.backend.commit();
+            rig.ring.submit().unwrap();
         }
         rig.backend = store.attach(&rig.ring).unwrap();
         rig.forget();
         let buffers = rig.guest.buffers(&[(0, 512)]);
         rig.submit(Op::Read { offset: 512 }, buffers).unwrap();
-        rig.backend.commit();
+        rig.ring.submit().unwrap();
         assert_eq!(rig.finish().len(), 1);
     }
 }

@@ -1,19 +1,19 @@
 //! One operation on a file, from its first entry in the ring to its last.
 
 use std::cell::RefCell;
+use std::fs::File;
 use std::io;
-use std::os::fd::AsRawFd;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use io_uring::types::{Fd, FsyncFlags};
+use io_uring::types::FsyncFlags;
 use io_uring::{opcode, squeue};
 use virtio::memory::PinnedBuffers;
 
 use super::Opened;
 use super::geometry::Page;
-use crate::backend::uring::{Operation, Step};
+use crate::backend::uring::{FileName, FixedBuffers, Operation, RegisteredFile, Step, Uring};
 use crate::backend::{Completion, Io, Op};
 
 /// Pieces of a scatter list that the kernel takes at once (`UIO_MAXIOV`).
@@ -40,12 +40,23 @@ pub(super) struct Shared(Rc<Resources>);
 
 struct Resources {
     opened: Arc<Opened>,
+    /// The file that is used most, as the ring knows it.
+    registered: Option<RegisteredFile>,
     bounces: RefCell<Vec<Bounce>>,
 }
 
 impl Shared {
-    pub(super) fn new(opened: &Arc<Opened>) -> Self {
-        Self(Rc::new(Resources { opened: Arc::clone(opened), bounces: RefCell::default() }))
+    pub(super) fn new(opened: &Arc<Opened>, ring: &Uring) -> Self {
+        let registered = ring.register(opened.main());
+        Self(Rc::new(Resources { opened: Arc::clone(opened), registered, bounces: RefCell::default() }))
+    }
+
+    /// What an entry calls one of the store's files.
+    fn name(&self, file: &File) -> FileName {
+        match &self.0.registered {
+            Some(registered) if std::ptr::eq(file, self.0.opened.main()) => registered.name(),
+            _ => FileName::descriptor(file),
+        }
     }
 
     fn take_bounce(&self) -> Bounce {
@@ -148,24 +159,37 @@ impl Transfer {
         }
     }
 
-    /// Reads or writes `pieces`, or as many of them as the kernel takes at once.
-    fn move_pieces(&self, fd: Fd, offset: u64, pieces: &[libc::iovec]) -> squeue::Entry {
-        let count = pieces.len().min(MAX_PIECES) as u32;
-        let flags = if matches!(self.io.op, Op::Write { durable: true, .. }) { libc::RWF_DSYNC } else { 0 };
+    /// Reads or writes `pieces`, or as many of them as the kernel takes at once; `buffer` is the fixed buffer that they
+    /// lie in, if they do.
+    fn move_pieces(&self, file: FileName, offset: u64, pieces: &[libc::iovec], buffer: Option<u16>) -> squeue::Entry {
+        let FileName { fd, flags } = file;
+        let (list, count) = (pieces.as_ptr(), pieces.len().min(MAX_PIECES) as u32);
+        let rw = if matches!(self.io.op, Op::Write { durable: true, .. }) { libc::RWF_DSYNC } else { 0 };
         let clamp = |piece: &libc::iovec| piece.iov_len.min(MAX_BYTES) as u32;
-        match (self.io.op, pieces) {
-            (Op::Write { .. }, [piece]) => {
-                opcode::Write::new(fd, piece.iov_base.cast(), clamp(piece)).offset(offset).rw_flags(flags).build()
+        let write = matches!(self.io.op, Op::Write { .. });
+        let entry = match (write, pieces, buffer) {
+            (true, [piece], None) => {
+                opcode::Write::new(fd, piece.iov_base.cast(), clamp(piece)).offset(offset).rw_flags(rw).build()
             }
-            (Op::Write { .. }, _) => {
-                opcode::Writev::new(fd, pieces.as_ptr(), count).offset(offset).rw_flags(flags).build()
+            (true, [piece], Some(buffer)) => opcode::WriteFixed::new(fd, piece.iov_base.cast(), clamp(piece), buffer)
+                .offset(offset)
+                .rw_flags(rw)
+                .build(),
+            (true, _, None) => opcode::Writev::new(fd, list, count).offset(offset).rw_flags(rw).build(),
+            (true, _, Some(buffer)) => {
+                opcode::WritevFixed::new(fd, list, count, buffer).offset(offset).rw_flags(rw).build()
             }
-            (_, [piece]) => opcode::Read::new(fd, piece.iov_base.cast(), clamp(piece)).offset(offset).build(),
-            (_, _) => opcode::Readv::new(fd, pieces.as_ptr(), count).offset(offset).build(),
-        }
+            (false, [piece], None) => opcode::Read::new(fd, piece.iov_base.cast(), clamp(piece)).offset(offset).build(),
+            (false, [piece], Some(buffer)) => {
+                opcode::ReadFixed::new(fd, piece.iov_base.cast(), clamp(piece), buffer).offset(offset).build()
+            }
+            (false, _, None) => opcode::Readv::new(fd, list, count).offset(offset).build(),
+            (false, _, Some(buffer)) => opcode::ReadvFixed::new(fd, list, count, buffer).offset(offset).build(),
+        };
+        entry.flags(flags)
     }
 
-    fn move_entry(&mut self, shared: &Shared) -> squeue::Entry {
+    fn move_entry(&mut self, shared: &Shared, fixed: &mut FixedBuffers<'_>) -> squeue::Entry {
         let opened = &*shared.0.opened;
         let (offset, len) = self.left();
         let direct = opened.direct_for(offset, len);
@@ -176,13 +200,15 @@ impl Transfer {
             if matches!(self.io.op, Op::Write { .. }) {
                 bounce.fill(&self.io.buffers);
             }
-            let entry = self.move_pieces(Fd(direct.file.as_raw_fd()), offset, &[bounce.iovec(len)]);
+            let entry = self.move_pieces(shared.name(&direct.file), offset, &[bounce.iovec(len)], None);
             self.bounce = Some(bounce);
             return entry;
         }
         self.bounce.take().into_iter().for_each(|bounce| shared.give_bounce_back(bounce));
         let file = direct.map_or(&opened.file, |direct| &direct.file);
-        self.move_pieces(Fd(file.as_raw_fd()), offset, self.io.buffers.iovecs())
+        // Through the page cache the data is copied: no page of the guest's has to be found and held.
+        let buffer = if opened.fixed_buffers && direct.is_some() { fixed.find(&self.io.buffers) } else { None };
+        self.move_pieces(shared.name(file), offset, self.io.buffers.iovecs(), buffer)
     }
 
     /// `bytes` bytes of a read or write have been moved.
@@ -270,27 +296,29 @@ fn zeroing(opened: &Opened, unmap: bool) -> Work {
 //   changed by `landed` only;
 // - a bounce buffer on the heap, used by `entry` before the kernel has it and by `landed`;
 // - zeroes that are static and only read;
-// - descriptors of `Opened`, which the context shares.
+// - descriptors of `Opened` and an entry in the ring's table, which the context shares.
 unsafe impl Operation for Transfer {
     type Context = Shared;
 
-    fn entry(&mut self, shared: &Shared) -> squeue::Entry {
+    fn entry(&mut self, shared: &Shared, fixed: &mut FixedBuffers<'_>) -> squeue::Entry {
         let opened = &*shared.0.opened;
-        let fd = Fd(opened.file.as_raw_fd());
+        let FileName { fd, flags } = shared.name(opened.main());
         let (offset, len) = self.left();
         match self.work {
-            Work::Move => self.move_entry(shared),
+            Work::Move => self.move_entry(shared, fixed),
             Work::PunchHole | Work::ZeroRange => {
                 let how =
                     if self.work == Work::PunchHole { libc::FALLOC_FL_PUNCH_HOLE } else { libc::FALLOC_FL_ZERO_RANGE };
-                opcode::Fallocate::new(fd, len).offset(offset).mode(how | libc::FALLOC_FL_KEEP_SIZE).build()
+                let mode = how | libc::FALLOC_FL_KEEP_SIZE;
+                opcode::Fallocate::new(fd, len).offset(offset).mode(mode).build().flags(flags)
             }
             Work::WriteZeroes => {
                 let file = opened.direct_for(offset, len).map_or(&opened.file, |direct| &direct.file);
+                let FileName { fd, flags } = shared.name(file);
                 let len = len.min(size_of_val(&ZEROES) as u64) as u32;
-                opcode::Write::new(Fd(file.as_raw_fd()), ZEROES.as_ptr().cast(), len).offset(offset).build()
+                opcode::Write::new(fd, ZEROES.as_ptr().cast(), len).offset(offset).build().flags(flags)
             }
-            Work::Sync => opcode::Fsync::new(fd).flags(FsyncFlags::DATASYNC).build(),
+            Work::Sync => opcode::Fsync::new(fd).flags(FsyncFlags::DATASYNC).build().flags(flags),
         }
     }
 
@@ -314,12 +342,26 @@ mod tests {
     use super::*;
     use crate::backend::contract::Guest;
     use crate::backend::file::{Cache, FileOptions, FileStore};
+    use crate::backend::uring::Waker;
 
-    /// What operations on a new file share.
-    fn shared(dir: &tempfile::TempDir) -> Shared {
+    /// What operations on a new file share, and the next entry of one.
+    struct Rig {
+        shared: Shared,
+        ring: Uring,
+    }
+
+    impl Rig {
+        fn entry(&self, transfer: &mut Transfer) -> squeue::Entry {
+            self.ring.with_fixed_buffers(|fixed| transfer.entry(&self.shared, fixed))
+        }
+    }
+
+    fn rig(dir: &tempfile::TempDir) -> Rig {
         let path = dir.path().join("image");
-        let options = FileOptions { path, read_only: false, cache: Cache::None, size: Some(1 << 20) };
-        Shared::new(&FileStore::open(&options).unwrap().0)
+        let options =
+            FileOptions { path, read_only: false, cache: Cache::None, size: Some(1 << 20), fixed_buffers: false };
+        let ring = Uring::new(&Waker::new().unwrap()).unwrap();
+        Rig { shared: Shared::new(&FileStore::open(&options).unwrap().0, &ring), ring }
     }
 
     fn transfer(op: Op, buffers: PinnedBuffers, shared: &Shared) -> Transfer {
@@ -337,12 +379,12 @@ mod tests {
     #[test]
     fn durable_writes_say_so_whichever_way_they_go() {
         let dir = tempfile::tempdir().unwrap();
-        let shared = shared(&dir);
+        let rig = rig(&dir);
         let mut guest = Guest::new();
         let ways = [vec![(0, 4096)], vec![(0, 512), (4096, 512)], vec![(4, 512)], vec![(3, 500), (700, 12)]];
         for (pieces, durable) in ways.iter().flat_map(|way| [(way, false), (way, true)]) {
             let op = Op::Write { offset: 512, durable };
-            let (_, flags) = parts(&transfer(op, guest.buffers(pieces), &shared).entry(&shared));
+            let (_, flags) = parts(&rig.entry(&mut transfer(op, guest.buffers(pieces), &rig.shared)));
             assert_eq!(flags, if durable { libc::RWF_DSYNC } else { 0 });
         }
     }
@@ -350,17 +392,17 @@ mod tests {
     #[test]
     fn durable_zeroes_end_with_a_sync() {
         let dir = tempfile::tempdir().unwrap();
-        let shared = shared(&dir);
+        let rig = rig(&dir);
         for (durable, unmap) in [(false, false), (false, true), (true, false), (true, true)] {
             let op = Op::WriteZeroes { offset: 0, len: 4096, unmap, durable };
-            let mut transfer = transfer(op, PinnedBuffers::default(), &shared);
-            assert_eq!(parts(&transfer.entry(&shared)).0, opcode::Fallocate::CODE);
-            let again = matches!(transfer.landed(&shared, 0), Step::Again);
+            let mut transfer = transfer(op, PinnedBuffers::default(), &rig.shared);
+            assert_eq!(parts(&rig.entry(&mut transfer)).0, opcode::Fallocate::CODE);
+            let again = matches!(transfer.landed(&rig.shared, 0), Step::Again);
             assert_eq!(again, durable);
             if again {
                 let datasync = FsyncFlags::DATASYNC.bits() as i32;
-                assert_eq!(parts(&transfer.entry(&shared)), (opcode::Fsync::CODE, datasync));
-                assert!(matches!(transfer.landed(&shared, 0), Step::Over));
+                assert_eq!(parts(&rig.entry(&mut transfer)), (opcode::Fsync::CODE, datasync));
+                assert!(matches!(transfer.landed(&rig.shared, 0), Step::Over));
             }
             assert!(transfer.into_completion().result.is_ok());
         }
@@ -369,12 +411,12 @@ mod tests {
     #[test]
     fn what_a_file_cannot_do_is_done_otherwise() {
         let dir = tempfile::tempdir().unwrap();
-        let shared = shared(&dir);
+        let rig = rig(&dir);
         let refused = |op| {
-            let mut transfer = transfer(op, PinnedBuffers::default(), &shared);
-            let mut codes = vec![parts(&transfer.entry(&shared)).0];
-            while matches!(transfer.landed(&shared, -libc::EOPNOTSUPP), Step::Again) {
-                codes.push(parts(&transfer.entry(&shared)).0);
+            let mut transfer = transfer(op, PinnedBuffers::default(), &rig.shared);
+            let mut codes = vec![parts(&rig.entry(&mut transfer)).0];
+            while matches!(transfer.landed(&rig.shared, -libc::EOPNOTSUPP), Step::Again) {
+                codes.push(parts(&rig.entry(&mut transfer)).0);
             }
             (codes, transfer.into_completion().result.is_ok())
         };
@@ -388,12 +430,12 @@ mod tests {
     #[test]
     fn interruptions_are_not_errors_unless_they_never_end() {
         let dir = tempfile::tempdir().unwrap();
-        let shared = shared(&dir);
-        let mut transfer = transfer(Op::Flush, PinnedBuffers::default(), &shared);
+        let rig = rig(&dir);
+        let mut transfer = transfer(Op::Flush, PinnedBuffers::default(), &rig.shared);
         for _ in 0..MAX_RETRIES {
-            assert!(matches!(transfer.landed(&shared, -libc::EINTR), Step::Again));
+            assert!(matches!(transfer.landed(&rig.shared, -libc::EINTR), Step::Again));
         }
-        assert!(matches!(transfer.landed(&shared, -libc::EINTR), Step::Over));
+        assert!(matches!(transfer.landed(&rig.shared, -libc::EINTR), Step::Over));
         assert_eq!(transfer.into_completion().result.unwrap_err().raw_os_error(), Some(libc::EINTR));
     }
 }

@@ -7,7 +7,7 @@ use std::{io, mem};
 use io_uring::squeue;
 
 use super::Uring;
-use super::ring::{Landing, Ring};
+use super::ring::{FixedBuffers, Landing, Ring};
 
 /// What comes after an entry's completion.
 pub(in crate::backend) enum Step {
@@ -27,8 +27,8 @@ pub(in crate::backend) unsafe trait Operation: 'static {
     /// What all operations of a client share.
     type Context: Clone + 'static;
 
-    /// The next entry.
-    fn entry(&mut self, context: &Self::Context) -> squeue::Entry;
+    /// The next entry; it may use fixed buffers of the ring.
+    fn entry(&mut self, context: &Self::Context, fixed: &mut FixedBuffers<'_>) -> squeue::Entry;
 
     /// Takes the result of the last entry: not negative, or an error number, negated.
     fn landed(&mut self, context: &Self::Context, result: i32) -> Step;
@@ -89,7 +89,7 @@ impl<T: Operation> Client<T> {
             (self.slots.len() - 1) as u16
         });
         if let Some(place) = self.slots.get_mut(usize::from(slot)) {
-            let entry = place.insert(operation).entry(&self.context);
+            let entry = place.insert(operation).entry(&self.context, &mut ring.fixed_buffers());
             // SAFETY: the operation lies in its slot until it has landed, or in what `drop` leaves to the ring. Until
             // then nothing but moves happens to it, which an `Operation` allows.
             unsafe { ring.push(self.number, slot, entry) };
@@ -97,8 +97,8 @@ impl<T: Operation> Client<T> {
         Ok(())
     }
 
-    /// Starts what was queued.
-    pub(in crate::backend) fn commit(&self) {
+    /// Starts what was queued, where the worker's next call may be too late.
+    fn commit(&self) {
         // What breaks a ring is told to the worker too, when it waits.
         if let Err(error) = self.ring.borrow_mut().submit() {
             log::error!("io_uring: {error}");
@@ -119,7 +119,7 @@ impl<T: Operation> Client<T> {
             let Some(operation) = place else { continue };
             match operation.landed(&self.context, result) {
                 Step::Again => {
-                    let entry = operation.entry(&self.context);
+                    let entry = operation.entry(&self.context, &mut ring.fixed_buffers());
                     // SAFETY: as in `start`; its last entry has just landed.
                     unsafe { ring.push(self.number, slot, entry) };
                     again = true;

@@ -4,6 +4,7 @@
 //! - [`Waker`]: ends that sleep, from any thread.
 //! - `Client`: one backend's place on the ring, with the operations it has in flight.
 //! - `Ring`: the io_uring itself. Where operations outlive their backend, it keeps them.
+//! - `FileTable`, `FixedMemory`: files and guest memory that the kernel has been told of once, for all requests.
 //!
 //! # Safety
 //! What an entry of the ring leads to must stay as it is until the kernel is done with it. The argument in three parts:
@@ -13,6 +14,8 @@
 //!    A ring that is dropped before waits for them; what is still in flight after that is never freed.
 
 mod client;
+mod files;
+mod memory;
 mod ring;
 mod setup;
 
@@ -26,6 +29,8 @@ use nix::errno::Errno;
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
 pub(super) use client::{Client, Operation, Step};
+pub(super) use files::{FileName, RegisteredFile};
+pub(super) use ring::FixedBuffers;
 use ring::Ring;
 use setup::Setup;
 pub use setup::UringError;
@@ -113,6 +118,25 @@ impl Uring {
         Ok(())
     }
 
+    /// Registers a file with the ring; `None` if there is no room, and the file's descriptor must do.
+    pub(super) fn register(&self, file: &impl AsFd) -> Option<RegisteredFile> {
+        let ring = self.ring.as_ref()?;
+        let entry = ring.borrow_mut().add_file(file.as_fd())?;
+        Some(RegisteredFile { ring: Rc::downgrade(ring), entry })
+    }
+
+    /// Lets an operation make its entry outside of a client.
+    #[cfg(test)]
+    pub(super) fn with_fixed_buffers<R>(&self, make: impl FnOnce(&mut FixedBuffers<'_>) -> R) -> R {
+        make(&mut self.ring.as_ref().unwrap().borrow_mut().fixed_buffers())
+    }
+
+    /// How many files and pieces of guest memory are registered.
+    #[cfg(test)]
+    pub(super) fn registered(&self) -> (usize, usize) {
+        self.ring.as_ref().unwrap().borrow().registered()
+    }
+
     /// How many system calls the ring has made.
     pub fn system_calls(&self) -> u64 {
         self.ring.as_ref().map_or(0, |ring| ring.borrow().system_calls())
@@ -172,7 +196,9 @@ mod tests {
 
     fn store(dir: &tempfile::TempDir) -> FileStore {
         let path = dir.path().join("image");
-        FileStore::open(&FileOptions { path, read_only: false, cache: Cache::None, size: Some(1 << 20) }).unwrap()
+        let size = Some(1 << 20);
+        FileStore::open(&FileOptions { path, read_only: false, cache: Cache::None, size, fixed_buffers: false })
+            .unwrap()
     }
 
     #[test]
@@ -213,7 +239,7 @@ mod tests {
                 break;
             } else {
                 // The backend is full: another one, until the ring is.
-                rig.backend.commit();
+                rig.ring.submit().unwrap();
                 others.push(std::mem::replace(&mut rig.backend, store.attach(&rig.ring).unwrap()));
                 rig.forget();
             }

@@ -2,15 +2,18 @@
 
 use std::any::Any;
 use std::collections::VecDeque;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, BorrowedFd};
 use std::sync::atomic::AtomicU64;
 use std::time::{Duration, Instant};
 use std::{fmt, io, mem};
 
 use io_uring::types::{Fd, SubmitArgs, Timespec};
-use io_uring::{IoUring, opcode, squeue};
+use io_uring::{IoUring, Submitter, opcode, squeue};
+use virtio::memory::PinnedBuffers;
 
 use super::Waker;
+use super::files::FileTable;
+use super::memory::FixedMemory;
 
 /// How long a ring that is dropped waits for operations whose backends are gone.
 const LAST_WAIT: Duration = Duration::from_secs(5);
@@ -93,6 +96,21 @@ pub(super) struct Ring {
     /// Completions that lie in the accounts.
     landed: usize,
     system_calls: u64,
+    files: FileTable,
+    memory: FixedMemory,
+}
+
+/// Where an operation that makes its entry asks for a fixed buffer.
+pub(in crate::backend) struct FixedBuffers<'a> {
+    kernel: Submitter<'a>,
+    memory: &'a mut FixedMemory,
+}
+
+impl FixedBuffers<'_> {
+    /// The index of the fixed buffer that all pieces of `buffers` lie in, if there is one.
+    pub(in crate::backend) fn find(&mut self, buffers: &PinnedBuffers) -> Option<u16> {
+        self.memory.buffer(&self.kernel, buffers)
+    }
 }
 
 impl Ring {
@@ -110,7 +128,28 @@ impl Ring {
             limit,
             landed: 0,
             system_calls: 0,
+            files: FileTable::default(),
+            memory: FixedMemory::new(waker),
         }
+    }
+
+    /// Registers a file; says where, if the table has room.
+    pub(super) fn add_file(&mut self, file: BorrowedFd<'_>) -> Option<u32> {
+        self.files.add(&self.kernel.submitter(), file)
+    }
+
+    pub(super) fn remove_file(&mut self, entry: u32) {
+        self.files.remove(&self.kernel.submitter(), entry);
+    }
+
+    pub(super) fn fixed_buffers(&mut self) -> FixedBuffers<'_> {
+        FixedBuffers { kernel: self.kernel.submitter(), memory: &mut self.memory }
+    }
+
+    /// How many files and pieces of memory are registered.
+    #[cfg(test)]
+    pub(super) fn registered(&self) -> (usize, usize) {
+        (self.files.len(), self.memory.registered())
     }
 
     pub(super) fn system_calls(&self) -> u64 {
@@ -217,7 +256,7 @@ impl Ring {
     /// Starts what is queued and sleeps until there is a completion or a wake.
     pub(super) fn wait(&mut self) -> io::Result<Over> {
         let mut over = self.reap()?;
-        if self.wake == Wake::Rung || self.landed > 0 {
+        if self.wake == Wake::Rung || self.landed > 0 || !over.is_empty() || self.memory.is_stale() {
             self.submit()?;
         } else {
             self.arm();
@@ -246,6 +285,9 @@ impl Ring {
     /// Sorts the kernel's completions into the accounts.
     pub(super) fn reap(&mut self) -> io::Result<Over> {
         let mut over = Over::new();
+        if self.memory.is_stale() {
+            self.memory.sweep(&self.kernel.submitter());
+        }
         // Deferred completions are made by a system call, which the kernel asks for by a flag.
         if !self.sort(&mut over) && self.kernel.submission().taskrun() {
             self.enter(0)?;

@@ -177,8 +177,9 @@ fn needs_reset_is_latched_and_told_once() {
         assert_eq!(write(&mut pci, DEVICE_STATUS, 15u8), Effect::None);
     }
     assert!(!pci.is_running());
-    assert_eq!(write(&mut pci, NOTIFY, 0u16), Effect::None);
+    assert_eq!(write(&mut pci, NOTIFY, 0u16), Effect::Kick(0), "the queues that kept to the rules go on");
     assert_eq!(set_bus_master(&mut pci, false), Effect::Stop);
+    assert_eq!(write(&mut pci, NOTIFY, 0u16), Effect::None);
     assert_eq!(set_bus_master(&mut pci, true), Effect::None);
     assert_eq!(write(&mut pci, DEVICE_STATUS, 0u8), Effect::Reset);
     pci.reset_done();

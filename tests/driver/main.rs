@@ -1,0 +1,24 @@
+//! A served device, driven without a VM: what a client and a guest's driver may do to it, and what comes of that.
+//!
+//! Most tests start a server in this process ([`rig`]); where the process itself matters, its log, its descriptors, its
+//! exit, they run the binary ([`binary`]). Nothing here waits for time to pass: each test waits for what must happen, and
+//! a generous limit only keeps a defect from hanging it.
+
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a failure is the result of a test")]
+
+mod binary;
+mod disconnect;
+mod dma;
+mod faults;
+mod interrupts;
+mod io;
+mod live;
+mod notifications;
+mod pci;
+mod peer;
+mod process;
+mod protocol;
+mod requests;
+mod rig;
+mod transport;
+mod workload;
