@@ -1,6 +1,9 @@
 //! What a person or CI runs in this repository: `cargo xtask demo`, `cargo xtask test`.
 
+mod bench;
 mod demo;
+mod models;
+mod mutants;
 mod test;
 
 use std::process::ExitCode;
@@ -21,6 +24,18 @@ enum Command {
     Demo(demo::Options),
     /// Run every check and every test, as CI does.
     Test,
+    /// Measure the server beside what the machine could do and what others do.
+    Bench(bench::Options),
+    /// Show that no wakeup is lost: models under loom, the event index, a short stress.
+    Models,
+    /// Device and driver on two cores, until a wakeup is lost or all rounds are done.
+    Stress {
+        /// How many requests go there and back.
+        #[arg(long, default_value_t = 10_000_000)]
+        rounds: u64,
+    },
+    /// Weaken each ordering of the source, one at a time, and show that a test notices.
+    Mutants(mutants::Options),
     /// Fetch what demo and test need (QEMU, a guest) into ~/.cache/vfio-user-blk.
     Fetch,
 }
@@ -29,6 +44,10 @@ fn main() -> ExitCode {
     let result = match Arguments::parse().command {
         Command::Demo(options) => demo::run(&options).map(|()| ExitCode::SUCCESS),
         Command::Test => test::run(),
+        Command::Bench(options) => bench::run(&options),
+        Command::Models => models::run(),
+        Command::Stress { rounds } => models::stress(rounds),
+        Command::Mutants(options) => mutants::run(&options),
         Command::Fetch => Testbed::open(&Progress::stderr()).map(|testbed| {
             println!("ready: QEMU {}", testbed.qemu_version());
             ExitCode::SUCCESS
@@ -38,4 +57,9 @@ fn main() -> ExitCode {
         eprintln!("error: {error:#}");
         ExitCode::FAILURE
     })
+}
+
+/// The cargo that runs us.
+fn cargo() -> std::process::Command {
+    std::process::Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()))
 }

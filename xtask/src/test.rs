@@ -2,9 +2,11 @@
 
 use std::io::{BufRead, BufReader};
 use std::ops::AddAssign;
-use std::process::{Command, ExitCode, Stdio};
+use std::process::{ExitCode, Stdio};
 
 use anyhow::{Context, Result, ensure};
+
+use crate::cargo;
 
 /// What cargo runs, in this order: what fails quickly comes first, the guests last.
 const STEPS: [&str; 4] = [
@@ -79,10 +81,6 @@ fn test_result(line: &str) -> Option<Count> {
     let (_verdict, counts) = line.strip_prefix("test result: ")?.split_once(". ")?;
     let number = |word: &str| counts.split("; ").find_map(|part| part.strip_suffix(word)?.trim().parse().ok());
     Some(Count { passed: number("passed")?, failed: number("failed")? })
-}
-
-fn cargo() -> Command {
-    Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()))
 }
 
 #[cfg(test)]

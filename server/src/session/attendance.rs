@@ -91,12 +91,17 @@ impl<'a> Attendance<'a> {
             return sender.refuse(to, Errno::EINVAL);
         }
         match request {
-            // The one request for which there is work after the answer.
             Request::RegionWrite(write) => match self.region_write(&write) {
-                Ok(effect) => {
+                // A kick is work for others, which the client need not wait for.
+                Ok(effect @ Effect::Kick(_)) => {
                     sender.reply(to, &Reply::RegionWrite(write.span()))?;
                     self.act(effect);
                     Ok(())
+                }
+                // Whatever else it asked for has happened when it is answered: queues that are to stop have stopped.
+                Ok(effect) => {
+                    self.act(effect);
+                    sender.reply(to, &Reply::RegionWrite(write.span()))
                 }
                 Err(errno) => sender.refuse(to, errno),
             },
