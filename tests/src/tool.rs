@@ -67,8 +67,8 @@ impl Tool {
 
     fn package(self) -> (Packages, &'static str) {
         match self {
-            // Without the C library's symbols it does not start.
-            Self::Valgrind => (Packages { names: &["valgrind", "libc6-dbg"], backports: false }, "usr/bin/valgrind"),
+            // What is called valgrind is a script that starts this one.
+            Self::Valgrind => (Packages { names: &["valgrind"], backports: false }, "usr/bin/valgrind.bin"),
             Self::Fio => (Packages { names: &["fio"], backports: false }, "usr/bin/fio"),
             Self::QemuStorageDaemon => {
                 (Packages { names: &["qemu-utils"], backports: true }, "usr/bin/qemu-storage-daemon")

@@ -9,10 +9,13 @@ use anyhow::{Context, Result, ensure};
 use crate::cargo;
 
 /// What cargo runs, in this order: what fails quickly comes first, the guests last.
-const STEPS: [&str; 4] = [
+const STEPS: [&str; 7] = [
     "fmt --all --check",
     "clippy --workspace --all-targets -- -D warnings",
     "test --workspace --exclude testbed --no-fail-fast",
+    "xtask models",
+    "xtask mutants",
+    "xtask bench --check",
     "test --package testbed --no-fail-fast",
 ];
 

@@ -1,0 +1,311 @@
+//! Real threads, real memory, real eventfds: the device's queue as it ships and a driver, each asleep whenever it finds
+//! nothing, woken only by the other. A wakeup that is lost ends the run.
+//!
+//! Each side draws by lot how long it dawdles before it publishes and before it falls asleep, so that the two decisions
+//! often fall together, and whether it asks to be woken or polls.
+//!
+//! `STRESS_ROUNDS`: how many requests go there and back in all (400,000). `STRESS_PATIENCE`: how many seconds with
+//! news and without a wakeup mean that it is lost (10), more than any pause of a busy machine. `STRESS_SEED`: another
+//! number draws other lots (0).
+
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a failure is the result of a test")]
+
+mod bell;
+mod lot;
+mod rig;
+
+use std::fmt::Debug;
+use std::ops::RangeInclusive;
+use std::str::FromStr;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+use std::{env, thread};
+
+use bell::{Bell, GaveUp, Patience};
+use client::{Segment, SplitDriver, SplitMemory};
+use lot::Lot;
+use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
+use nix::unistd::Pid;
+use rig::Rig;
+use virtio::memory::{GuestMemory, MappedRing};
+use virtio::queue::{Armed, Chain, Field, RingMemory, Signal, SplitQueue};
+
+const SIZE: u16 = 8;
+
+/// One run of the course.
+struct Course {
+    rounds: u64,
+    seed: u64,
+    /// Requests in flight at most, drawn anew time and again.
+    depth: RangeInclusive<u16>,
+    event_idx: bool,
+    /// How often to look at a bell before sleeping in earnest: not at all if the other side needs our core.
+    looks: u32,
+    patience: Patience,
+    kick: Bell,
+    interrupt: Bell,
+}
+
+/// What a side did about a wakeup before it took something.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Asked {
+    /// It polled, or something was there already.
+    No,
+    /// It asked, and then found something: the other side may have seen the question in time or not.
+    AtTheSameTime,
+    /// It asked in time, and slept.
+    Yes,
+}
+
+/// What a side has done. At depth 1 all lists have an entry a request.
+#[derive(Default)]
+struct Account {
+    asked: Vec<Asked>,
+    /// For each publication, whether it woke the other side for it.
+    told: Vec<bool>,
+    /// Wakeups that found nothing.
+    for_nothing: u64,
+}
+
+/// A side that does not go on.
+#[derive(Debug)]
+#[expect(dead_code, reason = "shown when the test fails")]
+struct Stuck {
+    why: GaveUp,
+    /// How many requests it had done with.
+    rounds: u64,
+}
+
+impl Course {
+    /// Sleeps until there is `news`. Its question stands meanwhile: a wakeup that comes late, for something that was
+    /// found before, takes nothing away from it.
+    fn sleep(&self, bell: &Bell, lot: &mut Lot, account: &mut Account, news: impl Fn() -> bool) -> Result<(), GaveUp> {
+        loop {
+            let looks = if lot.one_in(64) { 0 } else { self.looks };
+            bell.sleep(looks, &self.patience, &news)?;
+            if news() {
+                return Ok(());
+            }
+            account.for_nothing += 1;
+        }
+    }
+
+    fn poll(&self, news: impl Fn() -> bool) -> Result<(), GaveUp> {
+        let mut looks = 0u32;
+        while !news() {
+            looks += 1;
+            if looks.is_multiple_of(1024) {
+                self.patience.check()?;
+                thread::yield_now();
+            }
+        }
+        Ok(())
+    }
+
+    fn device(&self, mut queue: SplitQueue<MappedRing>, mut memory: GuestMemory) -> Result<Account, Stuck> {
+        let (mut account, mut lot) = (Account::default(), Lot::new(self.seed));
+        let (mut heads, mut completed) = (Vec::new(), 0);
+        let mut chain = Chain::default();
+        while completed < self.rounds {
+            let stuck = |why| Stuck { why, rounds: completed };
+            let mut head = queue.pop(&mut memory, &mut chain).unwrap();
+            let mut asked = Asked::No;
+            if head.is_none() {
+                let next = queue.state().next_avail;
+                asked = if lot.one_in(3) {
+                    self.poll(|| queue.memory().load(Field::AvailIdx, Ordering::Acquire) != next).map_err(stuck)?;
+                    Asked::No
+                } else {
+                    lot.dawdle();
+                    match queue.arm() {
+                        Armed::Work => Asked::AtTheSameTime,
+                        Armed::Sleep => {
+                            let news = || queue.memory().load(Field::AvailIdx, Ordering::Acquire) != next;
+                            self.sleep(&self.kick, &mut lot, &mut account, news).map_err(stuck)?;
+                            Asked::Yes
+                        }
+                    }
+                };
+                head = queue.pop(&mut memory, &mut chain).unwrap();
+            }
+            account.asked.push(asked);
+            while let Some(taken) = head {
+                heads.push(taken);
+                head = if lot.one_in(2) { queue.pop(&mut memory, &mut chain).unwrap() } else { None };
+            }
+            lot.dawdle();
+            completed += heads.len() as u64;
+            for head in heads.drain(..) {
+                queue.complete(head, 0);
+            }
+            let signal = queue.publish();
+            if signal == Signal::Needed {
+                self.interrupt.ring();
+            }
+            account.told.push(signal == Signal::Needed);
+        }
+        Ok(account)
+    }
+
+    fn driver(&self, mut driver: SplitDriver) -> Result<Account, Stuck> {
+        let (mut account, mut lot) = (Account::default(), Lot::new(!self.seed));
+        let (mut added, mut taken) = (0, 0);
+        while taken < self.rounds {
+            let stuck = |why| Stuck { why, rounds: taken };
+            let in_advance = driver.in_flight() == 0 && lot.one_in(4);
+            if in_advance {
+                assert!(!driver.enable_interrupts(), "something was used that is not there");
+            }
+            let depth = self.depth.start() + lot.below(u32::from(self.depth.end() - self.depth.start()) + 1) as u16;
+            while driver.in_flight() < depth && added < self.rounds {
+                driver.add(&[Segment { iova: 0, len: 1 }], &[]).unwrap();
+                added += 1;
+                if driver.in_flight() < depth && added < self.rounds && lot.one_in(2) {
+                    continue;
+                }
+                let told = driver.publish();
+                if told {
+                    self.kick.ring();
+                }
+                account.told.push(told);
+            }
+            let asked = if in_advance {
+                self.sleep(&self.interrupt, &mut lot, &mut account, || driver.has_used()).map_err(stuck)?;
+                Asked::Yes
+            } else if lot.one_in(3) {
+                self.poll(|| driver.has_used()).map_err(stuck)?;
+                Asked::No
+            } else {
+                lot.dawdle();
+                if driver.enable_interrupts() {
+                    Asked::AtTheSameTime
+                } else {
+                    self.sleep(&self.interrupt, &mut lot, &mut account, || driver.has_used()).map_err(stuck)?;
+                    Asked::Yes
+                }
+            };
+            account.asked.push(asked);
+            if !self.event_idx {
+                // With the event index nothing need be said: the entry that was asked for has gone by.
+                driver.disable_interrupts();
+            }
+            while driver.take().unwrap().is_some() {
+                taken += 1;
+            }
+        }
+        Ok(account)
+    }
+
+    fn run(self) {
+        let start = Instant::now();
+        let Rig { queue, memory, driver } = Rig::new(SIZE, self.event_idx, 0);
+        let ring = driver.memory().clone();
+        let (device, driver) = thread::scope(|scope| {
+            let course = &self;
+            let device = scope.spawn(move || {
+                pin(0);
+                course.device(queue, memory)
+            });
+            let driver = scope.spawn(move || {
+                pin(1);
+                course.driver(driver)
+            });
+            (device.join().unwrap(), driver.join().unwrap())
+        });
+        let (device, driver) = match (device, driver) {
+            (Ok(device), Ok(driver)) => (device, driver),
+            (device, driver) => {
+                panic!("{}", self.failure(device.err(), driver.err(), &ring));
+            }
+        };
+        println!("{self}: {} rounds in {:.1} s", self.rounds, start.elapsed().as_secs_f64());
+        for (what, sleeper, waker) in [("kicks", &device, &driver), ("interrupts", &driver, &device)] {
+            let told = waker.told.iter().filter(|told| **told).count();
+            let a_round = told as f64 / self.rounds as f64;
+            let for_nothing = sleeper.for_nothing;
+            println!("  {what:10} {told:8}, {a_round:.3} a round, {for_nothing} of them too late to find anything");
+            if self.event_idx && *self.depth.end() == 1 {
+                let (yes, no) = count_told_as_asked(&sleeper.asked, &waker.told);
+                println!(
+                    "  {what:10} {yes:8} were asked for and sent; for {no} others nobody asked, and none was sent"
+                );
+            }
+        }
+    }
+
+    fn failure(&self, device: Option<Stuck>, driver: Option<Stuck>, ring: &SplitMemory) -> String {
+        format!(
+            "{self}: the device: {device:?}, the driver: {driver:?}\n\
+             avail: idx {}, flags {}, used_event {}; used: idx {}, flags {}, avail_event {}",
+            ring.avail_idx(),
+            ring.avail_flags(),
+            ring.used_event(),
+            ring.used_idx(),
+            ring.used_flags(),
+            ring.avail_event(),
+        )
+    }
+}
+
+impl std::fmt::Display for Course {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let event_idx = if self.event_idx { "event index" } else { "flags" };
+        match (self.depth.start(), self.depth.end()) {
+            (first, last) if first == last => write!(f, "depth {first}, {event_idx}"),
+            (first, last) => write!(f, "depth {first} to {last}, {event_idx}"),
+        }
+    }
+}
+
+/// With the event index, at depth 1: each entry that was asked for is told of, and none that was not. How many are
+/// there of each? (For the first entry the question is in the memory from the start: it is zero.)
+fn count_told_as_asked(asked: &[Asked], told: &[bool]) -> (u64, u64) {
+    let (mut yes, mut no) = (0, 0);
+    assert_eq!(asked.len(), told.len());
+    for (entry, (asked, told)) in asked.iter().zip(told).enumerate().skip(1) {
+        match asked {
+            Asked::Yes => {
+                assert!(told, "nobody was told of entry {entry}, which was asked for");
+                yes += 1;
+            }
+            Asked::No => {
+                assert!(!told, "entry {entry} was told of, and nobody had asked");
+                no += 1;
+            }
+            Asked::AtTheSameTime => {}
+        }
+    }
+    (yes, no)
+}
+
+/// Gives the calling thread a core of its own, if there are two.
+fn pin(side: usize) {
+    let allowed = sched_getaffinity(Pid::from_raw(0)).unwrap();
+    let cores: Vec<usize> = (0..CpuSet::count()).filter(|core| allowed.is_set(*core).unwrap_or(false)).collect();
+    if let [first, second, ..] = cores[..] {
+        let mut own = CpuSet::new();
+        own.set([first, second][side]).unwrap();
+        sched_setaffinity(Pid::from_raw(0), &own).unwrap();
+    }
+}
+
+/// A number from the environment.
+fn number<T: FromStr<Err: Debug>>(name: &str, default: T) -> T {
+    env::var(name).map_or(default, |value| value.parse().expect(name))
+}
+
+#[test]
+fn no_wakeup_is_lost() {
+    let rounds = number("STRESS_ROUNDS", 400_000u64);
+    let seed = number("STRESS_SEED", 0);
+    let patience = Duration::from_secs(number("STRESS_PATIENCE", 10));
+    let looks = if thread::available_parallelism().unwrap().get() > 1 { 2000 } else { 0 };
+    for depth in [1..=1, 2..=SIZE] {
+        for event_idx in [true, false] {
+            let depth = depth.clone();
+            let (kick, interrupt) = (Bell::new(), Bell::new());
+            let patience = Patience::new(patience);
+            Course { rounds: rounds / 4, seed, depth, event_idx, looks, patience, kick, interrupt }.run();
+        }
+    }
+}

@@ -1,0 +1,159 @@
+//! What is measured: our server, and the peers that Debian packages.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use client::BlockOptions;
+use serde_json::Value;
+use testbed::{Process, Progress, Tool, binary, output};
+
+use super::load::{BLOCK, Completion, Driver, Load, on_cpu, queue_size};
+use super::{DRIVER_CPU, SERVER_CPU, disk, vhost_user};
+
+/// Bytes of a disk that has no file.
+const DISK_SIZE: u64 = 512 << 20;
+/// How long a server may take to listen.
+const LIMIT: Duration = Duration::from_secs(20);
+/// How long it may be between two looks for its socket.
+const PAUSE: Duration = Duration::from_millis(5);
+
+/// Where the blocks are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Store {
+    Null,
+    Memory,
+    File,
+}
+
+/// The folder of sockets and the file that all servers of a file serve.
+pub(super) struct Place {
+    pub(super) folder: PathBuf,
+    pub(super) file: PathBuf,
+    /// Bytes of the file.
+    pub(super) file_size: u64,
+}
+
+impl Place {
+    pub(super) fn size(&self, store: Store) -> u64 {
+        if store == Store::File { self.file_size } else { DISK_SIZE }
+    }
+}
+
+/// `vfio-user-blk`: requests a second.
+pub(super) fn ours(place: &Place, store: Store, poll: &str, load: Load, duration: Duration) -> Result<f64> {
+    let socket = place.folder.join("blk.sock");
+    let mut command = on(SERVER_CPU, Command::new(binary()?));
+    command.args(["serve", "--workers", "1", "--num-queues", "1", "--poll", poll, "--socket-path"]).arg(&socket);
+    match store {
+        Store::Null => command.args(["--store", "null", "--size", &DISK_SIZE.to_string()]),
+        Store::Memory => command.args(["--store", "memory", "--size", &DISK_SIZE.to_string()]),
+        Store::File => command.arg("--blk-file").arg(&place.file),
+    };
+    let _server = start("vfio-user-blk", &mut command, &socket)?;
+    if store == Store::Memory {
+        fill(&socket)?;
+    }
+    let options = options(load);
+    on_cpu(DRIVER_CPU, || {
+        let mut disk = disk::Disk::attach(&socket, &options, data_size(load))?;
+        let queue = disk.queues.first_mut().context("the server has no queue")?;
+        let rate = Driver::new(queue, &disk.data, load)?.run(duration)?;
+        disk.detach()?;
+        Ok(rate)
+    })
+}
+
+/// `qemu-storage-daemon`, which exports a disk by vhost-user-blk from an iothread that polls as long as it is set to by default:
+/// requests a second.
+pub(super) fn qemu_storage_daemon(place: &Place, store: Store, load: Load, duration: Duration) -> Result<f64> {
+    let socket = place.folder.join("vhost.sock");
+    let mut command = on(SERVER_CPU, Tool::QemuStorageDaemon.command(&Progress::silent())?);
+    let node = match store {
+        Store::File => format!("file,filename={},aio=io_uring,cache.direct=on", place.file.display()),
+        _ => format!("null-co,read-zeroes=off,size={DISK_SIZE}"),
+    };
+    let export = format!("addr.type=unix,addr.path={},writable=on,num-queues=1,iothread=io", socket.display());
+    command
+        .args(["--object", "iothread,id=io"])
+        .args(["--blockdev", &format!("driver={node},node-name=disk")])
+        .args(["--export", &format!("vhost-user-blk,id=export,node-name=disk,{export}")]);
+    let _server = start("qemu-storage-daemon", &mut command, &socket)?;
+    on_cpu(DRIVER_CPU, || {
+        let mut disk = vhost_user::Disk::attach(&socket, queue_size(load.depth), data_size(load))?;
+        let rate = Driver::new(&mut disk.queue, &disk.data, load)?.run(duration)?;
+        disk.detach()?;
+        Ok(rate)
+    })
+}
+
+/// fio on the file itself, with all that io_uring has to be fast: requests a second.
+pub(super) fn fio(place: &Place, load: Load, duration: Duration) -> Result<f64> {
+    let mut command = on(SERVER_CPU, Tool::Fio.command(&Progress::silent())?);
+    let pattern = if load.write { "randwrite" } else { "randread" };
+    command
+        .args(["--name=bench", "--ioengine=io_uring", "--direct=1", "--fixedbufs", "--registerfiles", "--bs=4k"])
+        .args(["--time_based", "--ramp_time=100ms", "--norandommap", "--random_generator=tausworthe64", "--thread"])
+        .args(["--allow_file_create=0", "--output-format=json"])
+        .arg(format!("--filename={}", place.file.display()))
+        .arg(format!("--rw={pattern}"))
+        .arg(format!("--iodepth={}", load.depth))
+        .arg(format!("--runtime={}ms", duration.as_millis()));
+    let report: Value = serde_json::from_str(&output(&command)?).context("fio's report")?;
+    let way = if load.write { "write" } else { "read" };
+    let rate = report.pointer(&format!("/jobs/0/{way}/iops")).and_then(Value::as_f64);
+    rate.filter(|rate| *rate > 0.0).context("fio's report has no rate")
+}
+
+/// `command`, bound to a processor by util-linux's taskset.
+pub(super) fn on(cpu: usize, command: Command) -> Command {
+    let mut bound = Command::new("taskset");
+    bound.args(["--cpu-list", &cpu.to_string()]).arg(command.get_program()).args(command.get_args());
+    for (name, value) in command.get_envs() {
+        if let Some(value) = value {
+            bound.env(name, value);
+        }
+    }
+    bound
+}
+
+/// Starts a server and waits for its socket.
+pub(super) fn start(name: &str, command: &mut Command, socket: &Path) -> Result<Process> {
+    // What a server before it has left, which was killed.
+    let _not_there = std::fs::remove_file(socket);
+    let process = Process::start(name, command.env("RUST_LOG", "warn"))?;
+    let deadline = Instant::now() + LIMIT;
+    while !socket.exists() {
+        ensure!(Instant::now() < deadline, "{name} does not listen:\n{}", process.log());
+        std::thread::sleep(PAUSE);
+    }
+    Ok(process)
+}
+
+/// Writes every block of a disk in memory, so that each page is there.
+fn fill(socket: &Path) -> Result<()> {
+    let mut disk = disk::Disk::attach(socket, &BlockOptions { queues: 1, ..BlockOptions::default() }, BLOCK)?;
+    let queue = disk.queues.first_mut().context("the server has no queue")?;
+    let piece = vec![0x5a; 1 << 20];
+    for sector in (0..DISK_SIZE / 512).step_by(piece.len() / 512) {
+        queue.write(sector, &piece)?;
+    }
+    disk.detach()
+}
+
+/// How our server's disk is driven: as the peer's, with the same features.
+pub(super) fn options(load: Load) -> BlockOptions {
+    BlockOptions {
+        queues: 1,
+        queue_size: queue_size(load.depth),
+        interrupts: load.completion == Completion::Event,
+        indirect_entries: 3,
+        bounce_size: BLOCK,
+        ..BlockOptions::default()
+    }
+}
+
+pub(super) fn data_size(load: Load) -> usize {
+    usize::from(queue_size(load.depth)) * BLOCK
+}
