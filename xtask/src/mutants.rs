@@ -48,11 +48,12 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
     }
     ensure!(!mutants.is_empty(), "there is no such mutant");
     let start = Instant::now();
+    mutants.iter().try_for_each(|mutant| tree.check(mutant))?;
     unchanged(&tree, &mutants)?;
     println!("\n{:<52} {:<24} {:>7}  by", "mutant", "killed by", "after");
     let mut survivors = 0;
     for mutant in &mutants {
-        match kill(&tree, mutant).with_context(|| format!("{}, in {}", mutant.name, mutant.file))? {
+        match kill(&tree, mutant).with_context(|| mutant.name.clone())? {
             Some((suite, took, test)) => {
                 let suite = suite.to_string();
                 println!("{:<52} {suite:<24} {:>5.1} s  {test}", mutant.name, took.as_secs_f64());

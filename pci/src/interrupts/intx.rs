@@ -195,6 +195,19 @@ mod model {
     }
 
     #[test]
+    fn two_causes_are_asserted_at_once() {
+        loom::model(|| {
+            let intx = Arc::new(Intx::<ModelSlot>::new());
+            let (counter, line) = line();
+            intx.install(Some(line));
+            let asserter = asserter(&intx);
+            intx.assert(2);
+            asserter.join().unwrap();
+            assert_eq!((counter.count(), intx.acknowledge()), (1, 3));
+        });
+    }
+
+    #[test]
     fn intx_disable_is_cleared_while_asserted() {
         loom::model(|| {
             let intx = Arc::new(Intx::<ModelSlot>::new());

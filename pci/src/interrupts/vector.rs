@@ -92,9 +92,13 @@ impl<S: Slot> Vector<S> {
 #[cfg(test)]
 #[cfg(loom)]
 mod model {
+    use loom::model::Builder;
+    use loom::sync::Notify;
+    use loom::sync::atomic::AtomicUsize;
     use loom::thread;
 
     use super::*;
+    use crate::interrupts::Interrupt;
     use crate::interrupts::slot::model::{Counter, ModelSlot};
 
     struct Bench {
@@ -189,6 +193,44 @@ mod model {
             bench.install(1);
             signaller.join().unwrap();
             bench.check(seen, Some(1));
+        });
+    }
+
+    /// A line that somebody sleeps on.
+    #[derive(Default)]
+    struct Bell(Notify);
+
+    impl Interrupt for Bell {
+        fn signal(&self) {
+            self.0.notify();
+        }
+    }
+
+    /// Two workers publish something each and signal; the driver sleeps until it has seen both. Who delivers the
+    /// pending bit delivers for all who set it, and so must have seen what they published. (A driver that sleeps on is
+    /// a deadlock, which loom reports.)
+    #[test]
+    fn a_driver_sees_what_two_workers_published_before_they_signalled() {
+        let mut builder = Builder::new();
+        builder.preemption_bound = Some(2);
+        builder.check(|| {
+            let vector = Arc::new(Vector::<ModelSlot>::new());
+            let published = Arc::new([AtomicUsize::new(0), AtomicUsize::new(0)]);
+            let workers = [0, 1].map(|worker| {
+                let (vector, published) = (vector.clone(), published.clone());
+                thread::spawn(move || {
+                    published[worker].store(1, Ordering::Relaxed);
+                    vector.signal();
+                })
+            });
+            let bell = Arc::new(Bell::default());
+            vector.install(Some(Line::new(bell.clone())));
+            while published.iter().any(|published| published.load(Ordering::Relaxed) == 0) {
+                bell.0.wait();
+            }
+            for worker in workers {
+                worker.join().unwrap();
+            }
         });
     }
 

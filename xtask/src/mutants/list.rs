@@ -65,7 +65,7 @@ const FENCES: [Fence; 6] = [
     Fence {
         name: "vector signal",
         file: VECTOR,
-        function: "fn signal(&self) {",
+        function: "pub(crate) fn signal(&self) {",
         text: "fence(Ordering::SeqCst);",
         store: Some("match &seen {"),
         killers: PCI_MODELS,
@@ -220,7 +220,7 @@ fn others() -> Vec<Mutant> {
         mutant(
             "vector signal: no second look",
             VECTOR,
-            "fn signal(&self) {",
+            "pub(crate) fn signal(&self) {",
             &[("if same(&seen, &now) {", "if true || same(&seen, &now) {")],
             PCI_MODELS,
         ),
@@ -229,7 +229,10 @@ fn others() -> Vec<Mutant> {
             VECTOR,
             "fn install(&self, line: Option<Arc<Line>>) {",
             &[
-                ("self.slot.store(line.clone());", "let pending = line.is_some() && self.take_pending();"),
+                (
+                    "self.slot.store(line.clone());",
+                    "let pending = line.is_some() && self.pending.swap(false, Ordering::AcqRel);",
+                ),
                 ("if let Some(line) = line", "self.slot.store(line.clone());\n        if let Some(line) = line"),
                 ("&& self.take_pending()", "&& pending"),
             ],
@@ -242,6 +245,21 @@ fn others() -> Vec<Mutant> {
             &[("&& self.take_pending()", "&& false")],
             PCI_MODELS,
         ),
+        mutant(
+            "vector signal: pending stored",
+            VECTOR,
+            "pub(crate) fn signal(&self) {",
+            &[("self.pending.swap(true, Ordering::AcqRel)", "self.pending.store(true, Ordering::Release)")],
+            PCI_MODELS,
+        ),
+        mutant(
+            "vector signal: pending swapped Relaxed",
+            VECTOR,
+            "pub(crate) fn signal(&self) {",
+            &[("self.pending.swap(true, Ordering::AcqRel)", "self.pending.swap(true, Ordering::Relaxed)")],
+            PCI_MODELS,
+        ),
+        mutant("take_pending: swapped Release", VECTOR, "fn take_pending(", &[("AcqRel", "Release")], PCI_MODELS),
         mutant(
             "take_pending: taken by both",
             VECTOR,
@@ -294,7 +312,13 @@ fn others() -> Vec<Mutant> {
             &[("!(AUTOMASKED | ABSENT)", "!ABSENT")],
             PCI_MODELS,
         ),
-        mutant("intx: AUTOMASKED not set", INTX, "fn change(", &[("after |= AUTOMASKED;", "")], PCI_MODELS),
+        mutant(
+            "intx: AUTOMASKED not set in the same step",
+            INTX,
+            "fn change(",
+            &[("after |= AUTOMASKED;", "")],
+            PCI_MODELS,
+        ),
         mutant(
             "intx unmask: no delivery",
             INTX,

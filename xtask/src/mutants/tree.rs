@@ -68,16 +68,30 @@ impl Tree {
         Build { loom: false, release: true, ..self.models() }
     }
 
-    /// Applies a mutant.
+    /// Whether a mutant fits the source.
     ///
     /// # Errors
     /// When a text is not where the list says, exactly once: the source has changed and the list must follow.
+    pub(super) fn check(&self, mutant: &Mutant) -> Result<()> {
+        self.edited(mutant).map(drop)
+    }
+
+    /// Applies a mutant.
+    ///
+    /// # Errors
+    /// As [`check`](Self::check).
     pub(super) fn change(&self, mutant: &Mutant) -> Result<Changed> {
-        let file = self.path.join(mutant.file);
-        let original = fs::read_to_string(&file).with_context(|| format!("cannot read {}", file.display()))?;
-        let changed = edit(&original, mutant)?;
+        let (file, original, changed) = self.edited(mutant)?;
         fs::write(&file, changed).with_context(|| format!("cannot write {}", file.display()))?;
         Ok(Changed { file, original })
+    }
+
+    /// The file, what is in it, and what the mutant makes of that.
+    fn edited(&self, mutant: &Mutant) -> Result<(PathBuf, String, String)> {
+        let file = self.path.join(mutant.file);
+        let original = fs::read_to_string(&file).with_context(|| format!("cannot read {}", file.display()))?;
+        let changed = edit(&original, mutant).with_context(|| format!("{}, in {}", mutant.name, mutant.file))?;
+        Ok((file, original, changed))
     }
 }
 
