@@ -38,7 +38,7 @@ impl Patience {
         if self.exhausted.load(Ordering::Relaxed) { Err(GaveUp::Too) } else { Ok(()) }
     }
 
-    fn give_up(&self, why: GaveUp) -> Result<(), GaveUp> {
+    fn give_up<T>(&self, why: GaveUp) -> Result<T, GaveUp> {
         self.exhausted.store(true, Ordering::Relaxed);
         Err(why)
     }
@@ -55,19 +55,19 @@ impl Bell {
         self.0.write(1).unwrap();
     }
 
-    /// Returns when it was rung; `news` tells whether it should have been. It is asked `looks` times before the
-    /// thread sleeps in earnest.
-    pub(crate) fn sleep(&self, looks: u32, patience: &Patience, news: impl Fn() -> bool) -> Result<(), GaveUp> {
+    /// Returns when it was rung, and how often since it was last heard; `news` tells whether it should have been. It is
+    /// asked `looks` times before the thread sleeps in earnest.
+    pub(crate) fn sleep(&self, looks: u32, patience: &Patience, news: impl Fn() -> bool) -> Result<u64, GaveUp> {
         for _ in 0..looks {
-            if self.0.read().is_ok() {
-                return Ok(());
+            if let Ok(rings) = self.0.read() {
+                return Ok(rings);
             }
         }
         let since = Instant::now();
         loop {
             poll(&mut [PollFd::new(self.0.as_fd(), PollFlags::POLLIN)], NAP_MS).unwrap();
-            if self.0.read().is_ok() {
-                return Ok(());
+            if let Ok(rings) = self.0.read() {
+                return Ok(rings);
             }
             patience.check()?;
             let asleep = since.elapsed();

@@ -57,13 +57,22 @@ enum Asked {
     Yes,
 }
 
+/// A question, and how many wakeups had arrived when it was asked.
+#[derive(Clone, Copy, Debug)]
+struct Question {
+    asked: Asked,
+    received: u64,
+}
+
 /// What a side has done. At depth 1 all lists have an entry a request.
 #[derive(Default)]
 struct Account {
-    asked: Vec<Asked>,
+    asked: Vec<Question>,
     /// For each publication, whether it woke the other side for it.
     told: Vec<bool>,
-    /// Wakeups that found nothing.
+    /// Wakeups that have arrived.
+    received: u64,
+    /// How often they found nothing.
     for_nothing: u64,
 }
 
@@ -82,7 +91,7 @@ impl Course {
     fn sleep(&self, bell: &Bell, lot: &mut Lot, account: &mut Account, news: impl Fn() -> bool) -> Result<(), GaveUp> {
         loop {
             let looks = if lot.one_in(64) { 0 } else { self.looks };
-            bell.sleep(looks, &self.patience, &news)?;
+            account.received += bell.sleep(looks, &self.patience, &news)?;
             if news() {
                 return Ok(());
             }
@@ -109,6 +118,7 @@ impl Course {
         while completed < self.rounds {
             let stuck = |why| Stuck { why, rounds: completed };
             let mut head = queue.pop(&mut memory, &mut chain).unwrap();
+            let received = account.received;
             let mut asked = Asked::No;
             if head.is_none() {
                 let next = queue.state().next_avail;
@@ -128,7 +138,7 @@ impl Course {
                 };
                 head = queue.pop(&mut memory, &mut chain).unwrap();
             }
-            account.asked.push(asked);
+            account.asked.push(Question { asked, received });
             while let Some(taken) = head {
                 heads.push(taken);
                 head = if lot.one_in(2) { queue.pop(&mut memory, &mut chain).unwrap() } else { None };
@@ -152,6 +162,7 @@ impl Course {
         let (mut added, mut taken) = (0, 0);
         while taken < self.rounds {
             let stuck = |why| Stuck { why, rounds: taken };
+            let received = account.received;
             let in_advance = driver.in_flight() == 0 && lot.one_in(4);
             if in_advance {
                 assert!(!driver.enable_interrupts(), "something was used that is not there");
@@ -184,7 +195,7 @@ impl Course {
                     Asked::Yes
                 }
             };
-            account.asked.push(asked);
+            account.asked.push(Question { asked, received });
             if !self.event_idx {
                 // With the event index nothing need be said: the entry that was asked for has gone by.
                 driver.disable_interrupts();
@@ -226,9 +237,7 @@ impl Course {
             println!("  {what:10} {told:8}, {a_round:.3} a round, {for_nothing} of them too late to find anything");
             if self.event_idx && *self.depth.end() == 1 {
                 let (yes, no) = count_told_as_asked(&sleeper.asked, &waker.told);
-                println!(
-                    "  {what:10} {yes:8} were asked for and sent; for {no} others nobody asked, and none was sent"
-                );
+                println!("  {what:10} {yes:8} times asked for in time and sent, {no} times not asked for and not sent");
             }
         }
     }
@@ -258,13 +267,18 @@ impl std::fmt::Display for Course {
 }
 
 /// With the event index, at depth 1: each entry that was asked for is told of, and none that was not. How many are
-/// there of each? (For the first entry the question is in the memory from the start: it is zero.)
-fn count_told_as_asked(asked: &[Asked], told: &[bool]) -> (u64, u64) {
-    let (mut yes, mut no) = (0, 0);
-    assert_eq!(asked.len(), told.len());
-    for (entry, (asked, told)) in asked.iter().zip(told).enumerate().skip(1) {
-        match asked {
-            Asked::Yes => {
+/// there of each?
+///
+/// One that was asked for counts when all earlier wakeups had arrived. Else one of them may wake the sleeper, which finds the
+/// entry, takes it, and asks for the next one, before the other side has looked whether it was asked for this one.
+/// (The first does not count: memory that is zero asks for it.)
+fn count_told_as_asked(questions: &[Question], told: &[bool]) -> (u64, u64) {
+    let (mut yes, mut no, mut sent) = (0, 0, 0);
+    assert_eq!(questions.len(), told.len());
+    for (entry, (question, told)) in questions.iter().zip(told).enumerate() {
+        match question.asked {
+            _ if entry == 0 => {}
+            Asked::Yes if question.received == sent => {
                 assert!(told, "nobody was told of entry {entry}, which was asked for");
                 yes += 1;
             }
@@ -272,8 +286,9 @@ fn count_told_as_asked(asked: &[Asked], told: &[bool]) -> (u64, u64) {
                 assert!(!told, "entry {entry} was told of, and nobody had asked");
                 no += 1;
             }
-            Asked::AtTheSameTime => {}
+            Asked::Yes | Asked::AtTheSameTime => {}
         }
+        sent += u64::from(*told);
     }
     (yes, no)
 }
