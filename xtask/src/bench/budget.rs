@@ -84,8 +84,10 @@ pub(super) fn check(bless: bool, only: Option<&str>, profile: bool) -> Result<Ex
     let limit = TOLERANCE * 100.0;
     eprintln!("more than {limit} % above the budget in {FILE}: {}", over.join(", "));
     eprintln!("`cargo xtask bench --check --profile` shows where; if it has to be, `--bless` makes it the budget");
+    // Another compiler makes other code of the same source: that says nothing about the source.
     if let Some(budget) = budget.filter(|budget| budget.rustc != rustc) {
-        eprintln!("note: the budget is of {}, and this is {rustc}", budget.rustc);
+        eprintln!("not held against it: the budget is of {}, and this is {rustc}", budget.rustc);
+        return Ok(ExitCode::SUCCESS);
     }
     Ok(ExitCode::FAILURE)
 }
