@@ -1,13 +1,14 @@
 //! The block device's queues: where virtio's requests meet a store's operations.
 
 use std::collections::VecDeque;
-use std::io;
+use std::error::Error;
 use std::sync::Arc;
+use std::{io, mem};
 
 use pci::Interrupt;
-use virtio::block::{InFlight, Operation, Pending, Request, SECTOR, SharedConfig, Status, parse};
-use virtio::memory::{Access, GuestMemory, MappedRing, PinnedBuffers, RingMapError};
-use virtio::queue::{Armed, Chain, Head, QueueState, Signal, SplitQueue};
+use virtio::block::{InFlight, Limits, Operation, Pending, Request, SECTOR, SharedConfig, Status, parse};
+use virtio::memory::{GuestMemory, MappedRing, PinnedBuffers, RingMapError};
+use virtio::queue::{Armed, Head, Popped, QueueState, Signal, SplitQueue};
 
 use crate::backend::{Backend, Completion, Full, Io, Op, Store};
 use crate::device::{QueueParts, QueuePlace, QueueService, StartError};
@@ -44,13 +45,13 @@ impl QueueService for BlockService {
                 queue: Ring::Mapped(queue),
                 memory,
                 batch: Vec::with_capacity(BATCH),
-                chains: Vec::new(),
                 config,
                 backend,
-                in_flight: InFlight::new(place.size),
+                in_flight: InFlight::new(place.size.saturating_add(1)),
                 stalled: VecDeque::new(),
                 completions: Vec::new(),
                 spare: Vec::new(),
+                made: 0,
                 interrupt,
                 events,
                 accepting: true,
@@ -80,19 +81,19 @@ struct BlockQueue {
     place: QueuePlace,
     queue: Ring,
     memory: GuestMemory,
-    /// Requests that were taken and not started yet.
-    batch: Vec<(Head, Chain)>,
-    /// Chains to be filled again.
-    chains: Vec<Chain>,
+    /// Requests that were taken off the ring just now.
+    batch: Vec<(Popped, Box<Io>)>,
     config: Arc<SharedConfig>,
     backend: Box<dyn Backend>,
     in_flight: InFlight,
     /// Operations that the backend had no room for: the next to go.
-    stalled: VecDeque<Io>,
+    stalled: VecDeque<Box<Io>>,
     completions: Vec<Completion>,
-    /// Buffer lists that wait to be used again.
-    #[expect(clippy::vec_box, reason = "the boxes are what is used again: operations carry them")]
-    spare: Vec<Box<PinnedBuffers>>,
+    /// Operations to be used again, each with a token of its own.
+    #[expect(clippy::vec_box, reason = "the boxes are what is used again")]
+    spare: Vec<Box<Io>>,
+    /// Operations that there are: one for each entry at most, and one at hand for the next request.
+    made: u16,
     interrupt: Arc<dyn Interrupt>,
     events: Arc<Events>,
     /// Whether requests are taken: not when stopped, nor after the driver broke the rules.
@@ -120,33 +121,29 @@ impl BlockQueue {
                 break;
             }
             round = Round::Progress;
-            let mut batch = std::mem::take(&mut self.batch);
-            for (head, chain) in batch.drain(..) {
-                self.start(head, &chain);
-                self.chains.push(chain);
+            let limits = self.config.limits();
+            let mut batch = mem::take(&mut self.batch);
+            for (popped, io) in batch.drain(..) {
+                if let Some(head) = popped.resolved() {
+                    self.start(head, io, &limits);
+                }
             }
             self.batch = batch;
         }
         round
     }
 
-    /// Takes some requests off the ring, and asks for the memory that will be looked at first.
+    /// Takes some requests off the ring, and asks for the memory that will be looked at first: that of all of them is on
+    /// its way at the same time.
+    #[inline]
     fn fill_batch(&mut self) {
-        let Ring::Mapped(queue) = &mut self.queue else { return };
         while self.batch.len() < BATCH {
-            let mut chain = self.chains.pop().unwrap_or_default();
-            match queue.pop(&mut self.memory, &mut chain) {
-                Ok(Some(head)) => {
-                    if let Some(header) = chain.readable().first() {
-                        self.memory.prefetch(header.iova, Access::READ);
-                    }
-                    if let Some(status) = chain.writable().last() {
-                        self.memory.prefetch(status.iova.wrapping_add(u64::from(status.len) - 1), Access::WRITE);
-                    }
-                    self.batch.push((head, chain));
-                }
+            let mut io = self.spare.pop().unwrap_or_else(|| self.another());
+            let Ring::Mapped(queue) = &mut self.queue else { return };
+            match queue.pop(&mut self.memory, &mut io.buffers) {
+                Ok(Some(popped)) => self.batch.push((popped, io)),
                 Ok(None) => {
-                    self.chains.push(chain);
+                    self.spare.push(io);
                     break;
                 }
                 Err(error) => {
@@ -155,24 +152,52 @@ impl BlockQueue {
                 }
             }
         }
+        let Ring::Mapped(queue) = &mut self.queue else { return };
+        let mut resolved = Ok(());
+        for (popped, io) in &mut self.batch {
+            resolved = queue.resolve(popped, &mut self.memory, &mut io.buffers);
+            if resolved.is_err() {
+                break;
+            }
+            io.buffers.prefetch();
+        }
+        if let Err(error) = resolved {
+            self.fault(&error);
+        }
     }
 
-    fn start(&mut self, head: Head, chain: &Chain) {
-        let mut buffers = self.spare.pop().unwrap_or_default();
-        match parse(chain, &mut self.memory, &self.config.limits(), &mut buffers) {
+    #[inline]
+    fn start(&mut self, head: Head, mut io: Box<Io>, limits: &Limits) {
+        match parse(&mut io.buffers, limits) {
             Ok(Request::Store { operation, written }) => {
-                // A read that fails has not written its data, which comes before the status.
-                let written_on_error = if matches!(operation, Operation::Read { .. }) { 0 } else { written };
-                let op = self.op(operation);
-                let token = self.in_flight.insert(Pending { head, written, written_on_error });
-                self.submit(Io { token, op, buffers });
+                io.op = match operation {
+                    Operation::Read { sector } => Op::Read { offset: sector * SECTOR },
+                    operation => self.change(operation),
+                };
+                self.in_flight.insert(io.token, Pending { head, written });
+                self.submit(io);
             }
-            Ok(Request::Done { status, written }) => self.finish(head, buffers, status, written),
+            Ok(Request::Done { status, written }) => self.answer(head, io, status, written),
             Err(error) => self.fault(&error),
         }
     }
 
-    fn op(&self, operation: Operation) -> Op {
+    /// Gives back a request that has not come to the store.
+    #[cold]
+    fn answer(&mut self, head: Head, io: Box<Io>, status: Status, written: u32) {
+        self.finish(head, io, status, written);
+    }
+
+    /// An operation more.
+    #[cold]
+    fn another(&mut self) -> Box<Io> {
+        let token = self.made;
+        self.made = self.made.wrapping_add(1);
+        Box::new(Io { token, op: Op::Flush, buffers: PinnedBuffers::default() })
+    }
+
+    /// What an operation that is no read is to the store.
+    fn change(&self, operation: Operation) -> Op {
         let durable = self.config.writes_are_durable();
         let bytes = |sectors: u32| u64::from(sectors) * SECTOR;
         match operation {
@@ -187,7 +212,8 @@ impl BlockQueue {
     }
 
     /// Hands an operation to the backend, or has it wait for room there, behind those that wait already.
-    fn submit(&mut self, io: Io) {
+    #[inline]
+    fn submit(&mut self, io: Box<Io>) {
         if !self.stalled.is_empty() {
             self.stalled.push_back(io);
         } else if let Err(Full(io)) = self.backend.submit(io) {
@@ -196,17 +222,22 @@ impl BlockQueue {
     }
 
     fn give_back(&mut self) -> Round {
-        let mut completions = std::mem::take(&mut self.completions);
+        let mut completions = mem::take(&mut self.completions);
         self.backend.reap(&mut completions);
         let round = if completions.is_empty() { Round::Nothing } else { Round::Progress };
         for Completion { io, result } in completions.drain(..) {
             let Some(pending) = self.in_flight.remove(io.token) else { continue };
             let (status, written) = match result {
                 Ok(()) => (Status::Ok, pending.written),
-                Err(error) if error.kind() == io::ErrorKind::Unsupported => (Status::Unsupp, pending.written_on_error),
-                Err(_) => (Status::IoErr, pending.written_on_error),
+                Err(error) => {
+                    // Not the storage's doing: the client's memory is not there.
+                    if error.raw_os_error() == Some(libc::EFAULT) {
+                        self.events.memory_lost();
+                    }
+                    failure(&error, io.op, pending.written)
+                }
             };
-            self.finish(pending.head, io.buffers, status, written);
+            self.finish(pending.head, io, status, written);
         }
         self.completions = completions;
         if let Ring::Mapped(queue) = &mut self.queue
@@ -217,10 +248,11 @@ impl BlockQueue {
         round
     }
 
-    fn finish(&mut self, head: Head, mut buffers: Box<PinnedBuffers>, status: Status, written: u32) {
-        buffers.write_trailer(status as u8);
-        buffers.clear();
-        self.spare.push(buffers);
+    #[inline(always)]
+    fn finish(&mut self, head: Head, mut io: Box<Io>, status: Status, written: u32) {
+        io.buffers.write_trailer(status as u8);
+        io.buffers.clear();
+        self.spare.push(io);
         match &mut self.queue {
             Ring::Mapped(queue) => queue.complete(head, written),
             Ring::Lost(_, completed) => completed.push((head, written)),
@@ -235,10 +267,18 @@ impl BlockQueue {
     }
 
     /// The driver broke the rules: nothing more is taken from this queue until the device is reset.
-    fn fault(&mut self, error: &dyn std::error::Error) {
+    fn fault(&mut self, error: &dyn Error) {
         self.accepting = false;
         self.events.fault(self.index, error.to_string());
     }
+}
+
+/// What a driver is told of a request that has failed, and how many bytes of it have been written for sure: those of a
+/// read, which come before the status, have not.
+#[cold]
+fn failure(error: &io::Error, op: Op, written: u32) -> (Status, u32) {
+    let status = if error.kind() == io::ErrorKind::Unsupported { Status::Unsupp } else { Status::IoErr };
+    (status, if matches!(op, Op::Read { .. }) { 0 } else { written })
 }
 
 impl QueueTask for BlockQueue {
@@ -269,7 +309,7 @@ impl QueueTask for BlockQueue {
             self.events.ring_lost();
             self.map_ring()
         });
-        let (parked, completed) = match std::mem::replace(&mut self.queue, Ring::Changing) {
+        let (parked, completed) = match mem::replace(&mut self.queue, Ring::Changing) {
             Ring::Mapped(queue) => (queue.with_memory(()), Vec::new()),
             Ring::Lost(queue, completed) => (queue, completed),
             Ring::Changing => return,

@@ -8,9 +8,10 @@ mod rig;
 use std::thread;
 
 use client::Segment;
-use rig::Rig;
+use rig::{BASE, Rig, pop};
+use virtio::memory::PinnedBuffers;
+use virtio::queue::Signal;
 use virtio::queue::event_idx::passed;
-use virtio::queue::{Chain, Signal};
 
 /// One event, one `old`, and every `new`: the walk visits each.
 fn check_all_new(event: u16, old: u16) {
@@ -59,9 +60,9 @@ fn a_whole_turn_passes_nothing() {
 
 /// One request there and back.
 fn complete_one(rig: &mut Rig) -> Signal {
-    rig.driver.add(&[Segment { iova: 0, len: 1 }], &[]).unwrap();
+    rig.driver.add(&[Segment { iova: BASE, len: 1 }], &[]).unwrap();
     let _kick = rig.driver.publish();
-    let head = rig.queue.pop(&mut rig.memory, &mut Chain::default()).unwrap().unwrap();
+    let head = pop(&mut rig.queue, &mut rig.memory, &mut PinnedBuffers::default()).unwrap().unwrap();
     rig.queue.complete(head, 0);
     let signal = rig.queue.publish();
     assert!(rig.driver.take().unwrap().is_some(), "not shown to the driver");

@@ -4,8 +4,8 @@ use std::fs::File;
 use std::sync::Arc;
 
 use client::SplitDriver;
-use virtio::memory::{Access, GuestMemory, MappedRing, Mapping, MemoryFile, RingAddresses, SharedTable};
-use virtio::queue::{QueueState, RingFeatures, SplitQueue};
+use virtio::memory::{Access, GuestMemory, MappedRing, Mapping, MemoryFile, PinnedBuffers, RingAddresses, SharedTable};
+use virtio::queue::{Head, QueueError, QueueState, RingFeatures, SplitQueue};
 
 pub(crate) const BASE: u64 = 0x10_0000;
 pub(crate) const LEN: usize = 0x1_0000;
@@ -32,4 +32,16 @@ impl Rig {
         let features = RingFeatures { event_idx, indirect_desc: indirect > 0 };
         Rig { queue: SplitQueue::new(ring, features, QueueState::default()), memory, driver }
     }
+}
+
+/// Takes the next request with all of its buffers.
+pub(crate) fn pop(
+    queue: &mut SplitQueue<MappedRing>,
+    memory: &mut GuestMemory,
+    buffers: &mut PinnedBuffers,
+) -> Result<Option<Head>, QueueError> {
+    buffers.clear();
+    let Some(mut popped) = queue.pop(memory, buffers)? else { return Ok(None) };
+    queue.resolve(&mut popped, memory, buffers)?;
+    Ok(popped.resolved())
 }

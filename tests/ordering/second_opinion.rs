@@ -23,10 +23,12 @@ mod rig;
 use std::fs::File;
 
 use client::{Segment, SplitDriver};
+use nix::libc::iovec;
 use proptest::collection::vec;
 use proptest::prelude::*;
-use rig::{BASE, LEN, Rig};
-use virtio::queue::{Armed, Chain, Head, QueueError, Signal};
+use rig::{BASE, LEN, Rig, pop};
+use virtio::memory::PinnedBuffers;
+use virtio::queue::{Armed, Head, QueueError, Signal};
 use virtio_queue::{Queue, QueueT};
 use vm_memory::{FileOffset, GuestAddress, GuestMemoryMmap};
 
@@ -98,7 +100,7 @@ impl Theirs {
 struct Pair {
     ours: Rig,
     theirs: Theirs,
-    chain: Chain,
+    buffers: PinnedBuffers,
     event_idx: bool,
     in_flight: Vec<Head>,
     /// Given back to ours, not yet shown, and so not yet given back to theirs.
@@ -113,7 +115,7 @@ impl Pair {
     fn new(event_idx: bool, indirect: u16) -> Self {
         let (ours, theirs) = (Rig::new(SIZE, event_idx, indirect), Theirs::new(event_idx, indirect));
         let (in_flight, completed) = (Vec::new(), Vec::new());
-        Pair { ours, theirs, chain: Chain::default(), event_idx, in_flight, completed, armed: true, tag: 0 }
+        Pair { ours, theirs, buffers: PinnedBuffers::default(), event_idx, in_flight, completed, armed: true, tag: 0 }
     }
 
     /// Goes through `requests` one by one, so that indices come near their wrap.
@@ -158,7 +160,7 @@ impl Pair {
         let mut segments = Vec::new();
         for _ in 0..readable + writable {
             self.tag += 1;
-            segments.push(Segment { iova: self.tag << 12, len: self.tag as u32 % 512 + 1 });
+            segments.push(Segment { iova: BASE + (self.tag * 0x310) % 0xfc00, len: self.tag as u32 % 512 + 1 });
         }
         let (readable, writable) = segments.split_at(readable);
         let head = self.ours.driver.add(readable, writable);
@@ -166,17 +168,19 @@ impl Pair {
     }
 
     fn pop(&mut self) {
-        let head = self.ours.queue.pop(&mut self.ours.memory, &mut self.chain).unwrap();
+        let head = pop(&mut self.ours.queue, &mut self.ours.memory, &mut self.buffers).unwrap();
         let chain = self.theirs.queue.pop_descriptor_chain(&self.theirs.memory);
         assert_eq!(head.as_ref().map(Head::index), chain.as_ref().map(|chain| chain.head_index()));
         let (Some(head), Some(chain)) = (head, chain) else {
             return;
         };
-        let ours = |segments: &[virtio::queue::Segment], write| {
-            segments.iter().map(move |segment| (segment.iova, segment.len, write)).collect::<Vec<_>>()
+        let place = |piece: &iovec| BASE + self.buffers.file().unwrap().offset_of(piece).unwrap();
+        let ours = |pieces: &[iovec], write| -> Vec<_> {
+            pieces.iter().map(|piece| (place(piece), piece.iov_len as u32, write)).collect()
         };
         let theirs: Vec<_> = chain.map(|buffer| (buffer.addr().0, buffer.len(), buffer.is_write_only())).collect();
-        assert_eq!([ours(self.chain.readable(), false), ours(self.chain.writable(), true)].concat(), theirs);
+        let (readable, writable) = self.buffers.pieces();
+        assert_eq!([ours(readable, false), ours(writable, true)].concat(), theirs);
         self.in_flight.push(head);
         if std::mem::take(&mut self.armed) {
             self.theirs.queue.disable_notification(&self.theirs.memory).unwrap();

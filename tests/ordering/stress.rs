@@ -26,9 +26,9 @@ use client::{Segment, SplitDriver, SplitMemory};
 use lot::Lot;
 use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
 use nix::unistd::Pid;
-use rig::Rig;
-use virtio::memory::{GuestMemory, MappedRing};
-use virtio::queue::{Armed, Chain, Field, RingMemory, Signal, SplitQueue};
+use rig::{BASE, Rig, pop};
+use virtio::memory::{GuestMemory, MappedRing, PinnedBuffers};
+use virtio::queue::{Armed, Field, RingMemory, Signal, SplitQueue};
 
 const SIZE: u16 = 8;
 
@@ -114,10 +114,10 @@ impl Course {
     fn device(&self, mut queue: SplitQueue<MappedRing>, mut memory: GuestMemory) -> Result<Account, Stuck> {
         let (mut account, mut lot) = (Account::default(), Lot::new(self.seed));
         let (mut heads, mut completed) = (Vec::new(), 0);
-        let mut chain = Chain::default();
+        let mut buffers = PinnedBuffers::default();
         while completed < self.rounds {
             let stuck = |why| Stuck { why, rounds: completed };
-            let mut head = queue.pop(&mut memory, &mut chain).unwrap();
+            let mut head = pop(&mut queue, &mut memory, &mut buffers).unwrap();
             let received = account.received;
             let mut asked = Asked::No;
             if head.is_none() {
@@ -136,12 +136,12 @@ impl Course {
                         }
                     }
                 };
-                head = queue.pop(&mut memory, &mut chain).unwrap();
+                head = pop(&mut queue, &mut memory, &mut buffers).unwrap();
             }
             account.asked.push(Question { asked, received });
             while let Some(taken) = head {
                 heads.push(taken);
-                head = if lot.one_in(2) { queue.pop(&mut memory, &mut chain).unwrap() } else { None };
+                head = if lot.one_in(2) { pop(&mut queue, &mut memory, &mut buffers).unwrap() } else { None };
             }
             lot.dawdle();
             completed += heads.len() as u64;
@@ -169,7 +169,7 @@ impl Course {
             }
             let depth = self.depth.start() + lot.below(u32::from(self.depth.end() - self.depth.start()) + 1) as u16;
             while driver.in_flight() < depth && added < self.rounds {
-                driver.add(&[Segment { iova: 0, len: 1 }], &[]).unwrap();
+                driver.add(&[Segment { iova: BASE, len: 1 }], &[]).unwrap();
                 added += 1;
                 if driver.in_flight() < depth && added < self.rounds && lot.one_in(2) {
                     continue;

@@ -23,7 +23,7 @@ impl<S> Immediate<S> {
 }
 
 impl<S: Execute> Backend for Immediate<S> {
-    fn submit(&mut self, io: Io) -> Result<(), Full> {
+    fn submit(&mut self, io: Box<Io>) -> Result<(), Full> {
         let result = self.store.execute(&io);
         self.done.push(Completion { io, result });
         Ok(())

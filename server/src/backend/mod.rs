@@ -96,23 +96,23 @@ pub enum Op {
     },
 }
 
-/// One operation, which owns the guest memory it works on.
+/// One operation, which owns the guest memory it works on. It is handed on in a box, which goes from one request to the
+/// next.
 #[derive(Debug)]
 pub struct Io {
     /// The caller's name for it; not used twice at the same time on one backend.
     pub token: u16,
     /// What is to be done.
     pub op: Op,
-    /// From where or to where; empty but for reads and writes. In a box, which makes an operation cheap to hand on
-    /// and goes from one request to the next.
-    pub buffers: Box<PinnedBuffers>,
+    /// From where or to where; empty but for reads and writes.
+    pub buffers: PinnedBuffers,
 }
 
 /// The end of an [`Io`].
 #[derive(Debug)]
 pub struct Completion {
     /// The operation, buffers and all. Pieces of the buffers that the store has consumed may be gone from the list.
-    pub io: Io,
+    pub io: Box<Io>,
     /// How it went.
     pub result: Result<(), io::Error>,
 }
@@ -120,7 +120,7 @@ pub struct Completion {
 /// The store has no room for another operation now; there will be when one has completed, of this backend or of another
 /// on the same ring.
 #[derive(Debug)]
-pub struct Full(pub Io);
+pub struct Full(pub Box<Io>);
 
 /// A store as it was opened, shared by all queues of a device.
 pub trait Store: Send + Sync {
@@ -146,7 +146,7 @@ pub trait Backend {
     ///
     /// # Errors
     /// The operation itself, if there is no room for it now.
-    fn submit(&mut self, io: Io) -> Result<(), Full>;
+    fn submit(&mut self, io: Box<Io>) -> Result<(), Full>;
 
     /// Adds what has completed to `done`.
     fn reap(&mut self, done: &mut Vec<Completion>);

@@ -83,7 +83,7 @@ pub struct SharedConfig {
 impl SharedConfig {
     /// The bounds that a request must keep now.
     #[inline]
-    pub fn limits(&self) -> Limits<'_> {
+    pub fn limits(&self) -> Limits {
         let features = self.features.load(Ordering::Relaxed);
         let negotiated = |feature, most| if features & bit(feature) != 0 { most } else { 0 };
         let config = &self.config;
@@ -95,7 +95,7 @@ impl SharedConfig {
                 VIRTIO_BLK_F_WRITE_ZEROES,
                 config.write_zeroes.map_or(0, |it| it.max_sectors),
             ),
-            serial: &config.serial,
+            serial: config.serial,
         }
     }
 

@@ -7,13 +7,11 @@ use crate::queue::Head;
 pub struct Pending {
     /// Its place in the queue.
     pub head: Head,
-    /// Bytes to report as written if it succeeds; if it fails, [`written_on_error`](Self::written_on_error).
+    /// Bytes to report as written if it succeeds.
     pub written: u32,
-    /// The same if it fails: the status alone, or nothing when data that was not written comes before it.
-    pub written_on_error: u32,
 }
 
-/// The requests of one queue that are in flight, by the index of their head.
+/// The requests of one queue that are in flight, by tokens that their owner gives out.
 #[derive(Debug)]
 pub struct InFlight {
     slots: Box<[Option<Pending>]>,
@@ -21,22 +19,23 @@ pub struct InFlight {
 }
 
 impl InFlight {
-    /// For a queue of `size` entries.
+    /// For a queue of `size` entries, and tokens below that.
     pub fn new(size: u16) -> Self {
         Self { slots: (0..size).map(|_| None).collect(), len: 0 }
     }
 
-    /// Notes a request and gives it a token: its head's index, which no other request in flight has.
-    pub fn insert(&mut self, pending: Pending) -> u16 {
-        let token = pending.head.index();
+    /// Notes a request by a token that no other request in flight has.
+    #[inline]
+    pub fn insert(&mut self, token: u16, pending: Pending) {
         if let Some(slot) = self.slots.get_mut(usize::from(token)) {
+            debug_assert!(slot.is_none());
             *slot = Some(pending);
             self.len += 1;
         }
-        token
     }
 
     /// Takes the request with this token; `None` if there is none, so that nothing completes twice.
+    #[inline]
     pub fn remove(&mut self, token: u16) -> Option<Pending> {
         let pending = self.slots.get_mut(usize::from(token))?.take()?;
         self.len -= 1;

@@ -7,13 +7,10 @@ use virtio_bindings::virtio_blk::{
 };
 
 use super::{SECTOR, config::SERIAL_LEN};
-use crate::memory::{Access, GuestMemory, PinnedBuffers, Unmapped};
-use crate::queue::{Chain, Segment};
+use crate::memory::PinnedBuffers;
 
-/// Type, a reserved word, and the sector.
-const HEADER_LEN: usize = 16;
 /// One range of a discard or a write-zeroes request: sector, number of sectors, flags.
-const RANGE_LEN: u64 = 16;
+const RANGE_LEN: usize = 16;
 
 /// The byte that ends every request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -81,7 +78,7 @@ pub enum Request {
 
 /// The bounds that requests are checked against.
 #[derive(Clone, Copy, Debug)]
-pub struct Limits<'a> {
+pub struct Limits {
     /// Sectors of the device.
     pub capacity: u64,
     /// `VIRTIO_BLK_F_RO` is offered.
@@ -91,7 +88,7 @@ pub struct Limits<'a> {
     /// The most sectors of one write-zeroes range; 0 if these are not negotiated.
     pub max_write_zeroes_sectors: u32,
     /// What GET_ID answers, padded with zeroes.
-    pub serial: &'a [u8; SERIAL_LEN],
+    pub serial: [u8; SERIAL_LEN],
 }
 
 /// A chain that cannot even be answered: the driver's fault, for which the device needs a reset.
@@ -104,95 +101,91 @@ pub enum RequestError {
     /// No writable byte.
     #[error("a block request without room for its status")]
     NoStatus,
-    /// A buffer that is not mapped.
-    #[error("a block request's buffer: {0}")]
-    Unmapped(#[from] Unmapped),
 }
 
-/// Understands a chain. Its data, and the place of its status, end up in `buffers`, which must be empty; header and
+/// Understands a chain by its buffers, and leaves in them the data to be moved and the place of the status. Header and
 /// ranges are copied out once and then checked. How header, data and status are cut into descriptors does not
 /// matter (§5.2.6.4 with `VIRTIO_F_VERSION_1`).
 ///
 /// # Errors
-/// If there is no header or no place for a status, or a buffer is not mapped.
-pub fn parse(
-    chain: &Chain,
-    memory: &mut GuestMemory,
-    limits: &Limits<'_>,
-    buffers: &mut PinnedBuffers,
-) -> Result<Request, RequestError> {
-    let mut header = [0; HEADER_LEN];
-    if read_bytes(memory, chain.readable(), &mut header)? < HEADER_LEN {
-        return Err(RequestError::NoHeader);
+/// If there is no header or no place for a status.
+#[inline]
+pub fn parse(buffers: &mut PinnedBuffers, limits: &Limits) -> Result<Request, RequestError> {
+    let [kind, sector] = buffers.take_header().ok_or(RequestError::NoHeader)?;
+    if !buffers.take_trailer() {
+        return Err(RequestError::NoStatus);
     }
-    let (kind, sector) = (word(&header, 0), long(&header, 8));
-    let (last, head) = chain.writable().split_last().ok_or(RequestError::NoStatus)?;
-    let status_at = last.iova.checked_add(u64::from(last.len) - 1);
-    memory.pin_trailer(status_at.ok_or(Unmapped::Nowhere { iova: last.iova })?, buffers)?;
-    let before_status = Segment { iova: last.iova, len: last.len - 1 };
-    let data_in = || head.iter().copied().chain([before_status]).filter(|segment| segment.len > 0);
-    let data_out = || skip_bytes(chain.readable(), HEADER_LEN as u32);
+    // The upper half is reserved.
+    Ok(match kind as u32 {
+        VIRTIO_BLK_T_IN => {
+            buffers.select_writable();
+            match buffers.len() {
+                // A read that fails has not written its buffers from the first byte on, so it has written nothing.
+                len if !fits(len, sector, limits) => Request::Done { status: Status::IoErr, written: 0 },
+                0 => DONE(Status::Ok),
+                len => Request::Store { operation: Operation::Read { sector }, written: len as u32 + 1 },
+            }
+        }
+        VIRTIO_BLK_T_OUT if !limits.read_only => {
+            buffers.select_readable();
+            match buffers.len() {
+                len if !fits(len, sector, limits) => DONE(Status::IoErr),
+                0 => DONE(Status::Ok),
+                _ => Request::Store { operation: Operation::Write { sector }, written: 1 },
+            }
+        }
+        kind => parse_other(kind, buffers, limits),
+    })
+}
 
-    const DONE: fn(Status) -> Request = |status| Request::Done { status, written: 1 };
-    Ok(match kind {
-        VIRTIO_BLK_T_IN => match check_transfer(data_in(), sector, limits) {
-            // A read that fails has not written its buffers from the first byte on, so it has written nothing.
-            Err(status) => Request::Done { status, written: 0 },
-            Ok(0) => DONE(Status::Ok),
-            Ok(len) => {
-                pin(memory, data_in(), Access::WRITE, buffers)?;
-                Request::Store { operation: Operation::Read { sector }, written: len + 1 }
-            }
-        },
-        VIRTIO_BLK_T_OUT if limits.read_only => DONE(Status::IoErr),
-        VIRTIO_BLK_T_OUT => match check_transfer(data_out(), sector, limits) {
-            Err(status) => DONE(status),
-            Ok(0) => DONE(Status::Ok),
-            Ok(_) => {
-                pin(memory, data_out(), Access::READ, buffers)?;
-                Request::Store { operation: Operation::Write { sector }, written: 1 }
-            }
-        },
-        VIRTIO_BLK_T_FLUSH => Request::Store { operation: Operation::Flush, written: 1 },
+const DONE: fn(Status) -> Request = |status| Request::Done { status, written: 1 };
+
+/// Requests that move no data of the store's.
+#[cold]
+fn parse_other(kind: u32, buffers: &mut PinnedBuffers, limits: &Limits) -> Request {
+    match kind {
+        VIRTIO_BLK_T_FLUSH => {
+            buffers.select_none();
+            Request::Store { operation: Operation::Flush, written: 1 }
+        }
+        VIRTIO_BLK_T_OUT => DONE(Status::IoErr),
         VIRTIO_BLK_T_GET_ID => {
-            pin(memory, data_in(), Access::WRITE, buffers)?;
-            let len = buffers.copy_from_slice(0, limits.serial) as u32;
+            buffers.select_writable();
+            let len = buffers.copy_from_slice(0, &limits.serial) as u32;
             let whole = buffers.len() == u64::from(len);
             // Bytes beyond the serial stay as they are, so the status, which follows them, does not count then.
             Request::Done { status: Status::Ok, written: if whole { len + 1 } else { len } }
         }
         VIRTIO_BLK_T_DISCARD | VIRTIO_BLK_T_WRITE_ZEROES => {
-            let mut range = [0; RANGE_LEN as usize];
-            let len = data_out().map(|segment| u64::from(segment.len)).sum::<u64>();
-            if len != RANGE_LEN {
+            buffers.select_readable();
+            let mut range = [0; RANGE_LEN];
+            if buffers.len() != RANGE_LEN as u64 {
                 // None, a broken one, or more than max_discard_seg and max_write_zeroes_seg, which are 1.
-                return Ok(DONE(Status::IoErr));
+                return DONE(Status::IoErr);
             }
-            read_bytes_of(memory, data_out(), &mut range)?;
-            match check_range(kind, &range, limits) {
+            buffers.copy_to_slice(0, &mut range);
+            buffers.select_none();
+            match check_range(kind, words(range), limits) {
                 Ok(None) => DONE(Status::Ok),
                 Ok(Some(operation)) => Request::Store { operation, written: 1 },
                 Err(status) => DONE(status),
             }
         }
         _ => DONE(Status::Unsupp),
-    })
+    }
 }
 
-/// How many bytes a read or a write moves, if it is whole sectors within the capacity.
-fn check_transfer(data: impl Iterator<Item = Segment>, sector: u64, limits: &Limits<'_>) -> Result<u32, Status> {
-    let len: u64 = data.map(|segment| u64::from(segment.len)).sum();
-    let fits = sector.checked_add(len / SECTOR).is_some_and(|end| end <= limits.capacity);
-    if !fits || !len.is_multiple_of(SECTOR) {
-        return Err(Status::IoErr);
-    }
-    // One more byte, the status, must still be expressible in a used element.
-    u32::try_from(len).ok().filter(|len| *len < u32::MAX).ok_or(Status::IoErr)
+/// Whether a read or a write of `len` bytes is one of whole sectors within the capacity. The bytes and one more, the status,
+/// must be expressible in a used element.
+#[inline(always)]
+fn fits(len: u64, sector: u64, limits: &Limits) -> bool {
+    let room = limits.capacity.checked_sub(sector).is_some_and(|room| len / SECTOR <= room);
+    room && len.is_multiple_of(SECTOR) && len < u64::from(u32::MAX)
 }
 
 /// The one range of a discard or a write-zeroes request (§5.2.6.2); `None` if it is empty.
-fn check_range(kind: u32, range: &[u8], limits: &Limits<'_>) -> Result<Option<Operation>, Status> {
-    let (sector, sectors, flags) = (long(range, 0), word(range, 8), word(range, 12));
+fn check_range(kind: u32, [sector, rest]: [u64; 2], limits: &Limits) -> Result<Option<Operation>, Status> {
+    let (sectors, flags) = (rest as u32, (rest >> 32) as u32);
     let discard = kind == VIRTIO_BLK_T_DISCARD;
     let (most, known_flags) = if discard {
         (limits.max_discard_sectors, 0)
@@ -216,91 +209,43 @@ fn check_range(kind: u32, range: &[u8], limits: &Limits<'_>) -> Result<Option<Op
     }))
 }
 
-fn pin(
-    memory: &mut GuestMemory,
-    data: impl Iterator<Item = Segment>,
-    access: Access,
-    buffers: &mut PinnedBuffers,
-) -> Result<(), Unmapped> {
-    for segment in data {
-        memory.pin(segment.iova, u64::from(segment.len), access, buffers)?;
-    }
-    Ok(())
-}
-
-/// The segments without their first `skip` bytes.
-fn skip_bytes(segments: &[Segment], mut skip: u32) -> impl Iterator<Item = Segment> {
-    segments.iter().filter_map(move |segment| {
-        let skipped = skip.min(segment.len);
-        skip -= skipped;
-        let len = segment.len - skipped;
-        // Should this wrap, the look-up fails: no mapping reaches over the end.
-        (len > 0).then(|| Segment { iova: segment.iova.wrapping_add(u64::from(skipped)), len })
-    })
-}
-
-fn read_bytes(memory: &mut GuestMemory, segments: &[Segment], into: &mut [u8]) -> Result<usize, Unmapped> {
-    // Nearly always the header is a descriptor of its own.
-    if let Some(first) = segments.first()
-        && first.len as usize >= into.len()
-    {
-        return memory.read(first.iova, into).map(|()| into.len());
-    }
-    read_bytes_of(memory, segments.iter().copied(), into)
-}
-
-fn read_bytes_of(
-    memory: &mut GuestMemory,
-    segments: impl Iterator<Item = Segment>,
-    into: &mut [u8],
-) -> Result<usize, Unmapped> {
-    let mut done = 0;
-    for segment in segments {
-        let Some(rest) = into.get_mut(done..).filter(|rest| !rest.is_empty()) else { break };
-        let len = rest.len().min(segment.len as usize);
-        let (piece, _) = rest.split_at_mut(len);
-        memory.read(segment.iova, piece)?;
-        done += len;
-    }
-    Ok(done)
-}
-
-fn word(bytes: &[u8], at: usize) -> u32 {
-    bytes.get(at..).and_then(|rest| rest.first_chunk()).map_or(0, |chunk| u32::from_le_bytes(*chunk))
-}
-
-fn long(bytes: &[u8], at: usize) -> u64 {
-    bytes.get(at..).and_then(|rest| rest.first_chunk()).map_or(0, |chunk| u64::from_le_bytes(*chunk))
+/// The two little-endian words that 16 bytes are.
+fn words(bytes: [u8; 16]) -> [u64; 2] {
+    let both = u128::from_le_bytes(bytes);
+    [both as u64, (both >> 64) as u64]
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::memory::{MappedRing, RingAddresses, testing::guest_memory};
+    use crate::memory::{GuestMemory, MappedRing, RingAddresses, testing::guest_memory};
     use crate::queue::{QueueState, RingFeatures, SplitQueue};
 
     const BASE: u64 = 0x10_0000;
     const RING: RingAddresses = RingAddresses { desc: BASE, avail: BASE + 0x1000, used: BASE + 0x2000 };
     const HEADER: u64 = BASE + 0x3000;
+    /// The header once more.
+    const ELSEWHERE: u64 = BASE + 0x3400;
     const DATA: u64 = BASE + 0x4000;
     const STATUS: u64 = BASE + 0x3800;
     const SERIAL: [u8; SERIAL_LEN] = *b"0123456789abcdefghij";
-    const LIMITS: Limits<'_> = Limits {
+    const LIMITS: Limits = Limits {
         capacity: 1000,
         read_only: false,
         max_discard_sectors: 100,
         max_write_zeroes_sectors: 200,
-        serial: &SERIAL,
+        serial: SERIAL,
     };
 
     /// Parses a request with this header whose buffers are `(iova, len, device-writable)`.
     fn parse_buffers(
         header: [u8; 16],
         buffers: &[(u64, u32, bool)],
-        limits: &Limits<'_>,
+        limits: &Limits,
     ) -> (Result<Request, RequestError>, PinnedBuffers, GuestMemory) {
         let mut memory = guest_memory(BASE, 0x10_0000);
         memory.write(HEADER, &header).unwrap();
+        memory.write(ELSEWHERE, &header).unwrap();
         // A chain is only ever made by a walk over descriptors.
         for (index, (iova, len, writable)) in (0u16..).zip(buffers) {
             let more = usize::from(index) + 1 < buffers.len();
@@ -314,10 +259,9 @@ mod tests {
         memory.write(RING.avail + 2, &1u16.to_le_bytes()).unwrap();
         let ring = MappedRing::new(&mut memory, RING, 16).unwrap();
         let mut queue = SplitQueue::new(ring, RingFeatures::default(), QueueState::default());
-        let mut chain = Chain::default();
-        let _head = queue.pop(&mut memory, &mut chain).unwrap().unwrap();
         let mut pinned = PinnedBuffers::default();
-        let request = parse(&chain, &mut memory, limits, &mut pinned);
+        let _popped = queue.pop(&mut memory, &mut pinned).unwrap().unwrap();
+        let request = parse(&mut pinned, limits);
         (request, pinned, memory)
     }
 
@@ -385,7 +329,7 @@ mod tests {
         // Header and data in one; header in three; data and status in one; zero-length pieces between.
         let write: [&[(u64, u32, bool)]; 3] = [
             &[(HEADER, 16 + 1024, false), (STATUS, 1, true)],
-            &[(HEADER, 3, false), (HEADER + 3, 12, false), (HEADER + 15, 1025, false), (STATUS, 1, true)],
+            &[(HEADER, 3, false), (ELSEWHERE + 3, 12, false), (HEADER + 15, 1025, false), (STATUS, 1, true)],
             &[(HEADER, 0, false), (HEADER, 20, false), (HEADER + 20, 1020, false), (STATUS, 1, true), (DATA, 0, true)],
         ];
         for buffers in write {
@@ -421,11 +365,6 @@ mod tests {
         assert_eq!(result(&[(DATA, 513, true)]), Err(RequestError::NoHeader));
         assert_eq!(result(&[(HEADER, 16, false)]), Err(RequestError::NoStatus));
         assert_eq!(result(&[(HEADER, 16, false), (DATA, 0, true)]), Err(RequestError::NoStatus));
-        let nowhere = |iova| Err(RequestError::Unmapped(Unmapped::Nowhere { iova }));
-        assert_eq!(result(&[(0x1000, 16, false), (STATUS, 1, true)]), nowhere(0x1000));
-        assert_eq!(result(&[(HEADER, 16, false), (0x1000, 512, true), (STATUS, 1, true)]), nowhere(0x1000));
-        assert_eq!(result(&[(HEADER, 16, false), (0x1000, 1, true)]), nowhere(0x1000));
-        assert_eq!(result(&[(HEADER, 16, false), (u64::MAX, 2, true)]), nowhere(u64::MAX));
     }
 
     #[test]
@@ -444,7 +383,7 @@ mod tests {
 
     #[test]
     fn ranges_are_checked() {
-        let parse_range = |kind, sector: u64, sectors: u32, flags: u32, len: u32, limits: &Limits<'_>| {
+        let parse_range = |kind, sector: u64, sectors: u32, flags: u32, len: u32, limits: &Limits| {
             // Header and range lie one behind the other, in one descriptor.
             let mut memory_header = header(kind, 0).to_vec();
             memory_header.extend(sector.to_le_bytes());
@@ -459,9 +398,9 @@ mod tests {
             memory.write(RING.avail + 2, &[1, 0]).unwrap();
             let ring = MappedRing::new(&mut memory, RING, 16).unwrap();
             let mut queue = SplitQueue::new(ring, RingFeatures::default(), QueueState::default());
-            let mut chain = Chain::default();
-            let _head = queue.pop(&mut memory, &mut chain).unwrap().unwrap();
-            parse(&chain, &mut memory, limits, &mut PinnedBuffers::default()).unwrap()
+            let mut pinned = PinnedBuffers::default();
+            let _popped = queue.pop(&mut memory, &mut pinned).unwrap().unwrap();
+            parse(&mut pinned, limits).unwrap()
         };
         let (discard, zeroes) = (VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_WRITE_ZEROES);
         let ok_discard = store(Operation::Discard { sector: 900, sectors: 100 }, 1);

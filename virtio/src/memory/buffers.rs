@@ -1,34 +1,45 @@
 //! The scatter list of one request.
 
 use std::fmt;
+use std::ops::Range;
 use std::ptr::NonNull;
 use std::sync::Arc;
 
-use smallvec::SmallVec;
 use vm_memory::VolatileSlice;
 
 use super::file::MemoryFile;
-use super::mapping::Mapping;
+use super::mapping::{Access, Mapping};
+use super::view::{Unaligned, prefetch};
 
-/// Pieces of guest memory, in order, together with the mappings they lie in.
+/// One request's pieces of guest memory: those that the device reads, then those that it writes, with the mappings they
+/// lie in.
 ///
 /// As long as this exists its bytes stay mapped, whatever the client unmaps meanwhile: an I/O that owns its
 /// buffers can end at any time without touching memory that is gone. Made by
 /// [`GuestMemory::pin`](super::GuestMemory::pin), and meant to be used again and again: [`clear`](Self::clear) keeps its capacity.
+///
+/// What most methods speak of are its *data*: all pieces that `pin` has added; for a request those that are left when
+/// header and trailer have been taken off and the readable or the writable pieces were chosen.
 pub struct PinnedBuffers {
+    /// The readable pieces, then the writable ones.
     iovecs: Vec<libc::iovec>,
-    /// Each piece's mapping, without repeating the one before: for nearly all requests this is one.
-    pins: SmallVec<[Arc<Mapping>; 2]>,
+    /// How many are readable.
+    readable: usize,
+    /// The pieces of the data.
+    data: Range<usize>,
+    /// Bytes of the data.
     len: u64,
     /// A byte apart from the list, written when the request ends.
     trailer: Option<NonNull<u8>>,
-    /// Whether all pieces were pinned for writing.
-    writable: bool,
+    /// The mapping of the first piece: for nearly all requests that of all others too.
+    pin: Option<Arc<Mapping>>,
+    /// The mappings of the others, without repeating the one before.
+    more_pins: Vec<Arc<Mapping>>,
 }
 
 impl Default for PinnedBuffers {
     fn default() -> Self {
-        Self { iovecs: Vec::new(), pins: SmallVec::new(), len: 0, trailer: None, writable: true }
+        Self { iovecs: Vec::new(), readable: 0, data: 0..0, len: 0, trailer: None, pin: None, more_pins: Vec::new() }
     }
 }
 
@@ -37,7 +48,8 @@ impl Default for PinnedBuffers {
 unsafe impl Send for PinnedBuffers {}
 
 impl PinnedBuffers {
-    /// Total bytes.
+    /// Bytes of the data.
+    #[inline]
     pub fn len(&self) -> u64 {
         self.len
     }
@@ -47,42 +59,176 @@ impl PinnedBuffers {
         self.len == 0
     }
 
-    /// Lets go of all pieces and pins.
-    pub fn clear(&mut self) {
-        self.iovecs.clear();
-        self.pins.clear();
-        self.len = 0;
-        self.trailer = None;
-        self.writable = true;
+    /// Whether there is a piece that the device writes, in the data or apart from it.
+    #[inline]
+    pub(crate) fn has_writable(&self) -> bool {
+        self.iovecs.len() > self.readable
     }
 
-    /// The pieces, for a system call; valid while `self` lives and is not changed.
+    /// Lets go of all pieces and pins.
+    #[inline]
+    pub fn clear(&mut self) {
+        self.iovecs.clear();
+        self.readable = 0;
+        self.data = 0..0;
+        self.len = 0;
+        self.trailer = None;
+        self.pin = None;
+        if !self.more_pins.is_empty() {
+            self.more_pins.clear();
+        }
+    }
+
+    /// Takes the first 16 readable bytes off, and returns a copy, read once, as the two little-endian words that they
+    /// are; `None` if there are not so many.
+    #[inline]
+    pub(crate) fn take_header(&mut self) -> Option<[u64; 2]> {
+        // Nearly always the header is a piece of its own, or the first part of one.
+        let Some(first) = self.iovecs.first_mut().filter(|first| self.readable > 0 && first.iov_len >= 16) else {
+            return self.gather_header();
+        };
+        // SAFETY: the piece is mapped for reading, and has these bytes; any are a valid array.
+        let words = unsafe { first.iov_base.cast::<Unaligned>().read_volatile() };
+        first.iov_base = first.iov_base.wrapping_byte_add(16);
+        first.iov_len -= 16;
+        self.data.start = usize::from(first.iov_len == 0);
+        Some(words.0.map(u64::from_le))
+    }
+
+    #[cold]
+    fn gather_header(&mut self) -> Option<[u64; 2]> {
+        self.select(0..self.readable);
+        let mut bytes = [0; 16];
+        if self.copy_to_slice(0, &mut bytes) < bytes.len() {
+            return None;
+        }
+        self.advance(16);
+        let words = u128::from_le_bytes(bytes);
+        Some([words as u64, (words >> 64) as u64])
+    }
+
+    /// Sets the last writable byte apart, to be written by [`write_trailer`](Self::write_trailer); `false` if there is none.
+    #[inline]
+    pub(crate) fn take_trailer(&mut self) -> bool {
+        let count = self.iovecs.len();
+        if count <= self.readable {
+            return false;
+        }
+        let Some(last) = self.iovecs.last_mut() else { return false };
+        last.iov_len -= 1;
+        self.trailer = NonNull::new(last.iov_base.cast::<u8>().wrapping_add(last.iov_len));
+        self.data.end = count - usize::from(last.iov_len == 0);
+        true
+    }
+
+    /// Makes the readable pieces, after the header that was taken off, the data.
+    #[inline]
+    pub(crate) fn select_readable(&mut self) {
+        self.select(self.data.start..self.readable);
+    }
+
+    /// Makes the writable pieces, before the trailer that was taken off, the data.
+    #[inline]
+    pub(crate) fn select_writable(&mut self) {
+        self.select(self.readable..self.data.end);
+    }
+
+    /// Makes nothing the data.
+    pub(crate) fn select_none(&mut self) {
+        self.select(0..0);
+    }
+
+    /// Makes all pieces the data.
+    pub(super) fn select_all(&mut self) {
+        self.select(0..self.iovecs.len());
+    }
+
+    #[inline(always)]
+    fn select(&mut self, data: Range<usize>) {
+        self.data = data;
+        self.len = match self.iovecs() {
+            [one] => one.iov_len as u64,
+            _ => self.join(),
+        };
+    }
+
+    /// Makes one piece of neighbours in our address space: fewer, larger segments for the kernel. Returns the bytes of
+    /// the data.
+    #[inline(never)]
+    fn join(&mut self) -> u64 {
+        let Range { start, end } = self.data.clone();
+        let mut len = 0;
+        let mut kept = start;
+        for next in start..end {
+            let Some(&piece) = self.iovecs.get(next) else { break };
+            len += piece.iov_len as u64;
+            match self.iovecs.get_mut(start..kept).and_then(|pieces| pieces.last_mut()) {
+                Some(last) if last.iov_base.wrapping_byte_add(last.iov_len) == piece.iov_base => {
+                    last.iov_len += piece.iov_len;
+                }
+                _ => {
+                    if let Some(place) = self.iovecs.get_mut(kept) {
+                        *place = piece;
+                    }
+                    kept += 1;
+                }
+            }
+        }
+        self.data.end = kept;
+        if end == self.iovecs.len() {
+            self.iovecs.truncate(kept);
+            self.readable = self.readable.min(kept);
+        }
+        len
+    }
+
+    /// Asks the processor to have at hand soon what [`take_header`](Self::take_header) reads and
+    /// [`write_trailer`](Self::write_trailer) writes: a hint.
+    #[inline]
+    pub fn prefetch(&self) {
+        if let [first, .., last] = self.iovecs.as_slice() {
+            prefetch(first.iov_base.cast(), Access::READ);
+            prefetch(last.iov_base.cast::<u8>().wrapping_add(last.iov_len).wrapping_sub(1), Access::WRITE);
+        }
+    }
+
+    /// All pieces, data or not: those that the device reads, and those that it writes.
+    pub fn pieces(&self) -> (&[libc::iovec], &[libc::iovec]) {
+        self.iovecs.split_at_checked(self.readable).unwrap_or_default()
+    }
+
+    /// The pieces of the data, for a system call; valid while `self` lives and is not changed.
+    #[inline]
     pub fn iovecs(&self) -> &[libc::iovec] {
-        &self.iovecs
+        self.iovecs.get(self.data.clone()).unwrap_or_default()
+    }
+
+    /// Whether the device may write all of the data.
+    fn writable(&self) -> bool {
+        self.data.start >= self.readable
     }
 
     /// The file that all of it lies in; `None` if there are several, or no bytes at all.
     #[inline]
     pub fn file(&self) -> Option<&Arc<MemoryFile>> {
-        let (first, rest) = self.pins.split_first()?;
-        let file = first.file()?;
-        rest.iter().all(|pin| pin.file().is_some_and(|other| Arc::ptr_eq(file, other))).then_some(file)
+        let file = self.pin.as_ref()?.file()?;
+        self.more_pins.iter().all(|pin| pin.file().is_some_and(|other| Arc::ptr_eq(file, other))).then_some(file)
     }
 
     /// The pieces as slices that can be copied from and to.
     pub fn slices(&self) -> impl Iterator<Item = VolatileSlice<'_>> {
-        self.iovecs.iter().map(|iovec| {
+        self.iovecs().iter().map(|iovec| {
             // SAFETY: `push` was given bytes that its mapping holds; the pins, which live as long as the slice's
             // lifetime, keep them mapped.
             unsafe { VolatileSlice::new(iovec.iov_base.cast(), iovec.iov_len) }
         })
     }
 
-    /// Copies guest memory, from byte `offset` of the list on, into `data`; says how many bytes there were.
-    pub fn copy_to_slice(&self, offset: u64, data: &mut [u8]) -> usize {
+    /// Copies guest memory, from byte `offset` of the data on, to `into`; says how many bytes there were.
+    pub fn copy_to_slice(&self, offset: u64, into: &mut [u8]) -> usize {
         let mut done = 0;
         for slice in self.slices_from(offset) {
-            let Some(rest) = data.get_mut(done..).filter(|rest| !rest.is_empty()) else {
+            let Some(rest) = into.get_mut(done..).filter(|rest| !rest.is_empty()) else {
                 break;
             };
             done += slice.copy_to(rest);
@@ -90,15 +236,15 @@ impl PinnedBuffers {
         done
     }
 
-    /// Copies `data` into guest memory, from byte `offset` of the list on; says how many bytes had room: none
+    /// Copies `from` into guest memory, from byte `offset` of the data on; says how many bytes had room: none
     /// if a piece was pinned for reading.
-    pub fn copy_from_slice(&self, offset: u64, data: &[u8]) -> usize {
-        if !self.writable {
+    pub fn copy_from_slice(&self, offset: u64, from: &[u8]) -> usize {
+        if !self.writable() {
             return 0;
         }
         let mut done = 0;
         for slice in self.slices_from(offset) {
-            let Some(rest) = data.get(done..).filter(|rest| !rest.is_empty()) else {
+            let Some(rest) = from.get(done..).filter(|rest| !rest.is_empty()) else {
                 break;
             };
             let len = rest.len().min(slice.len());
@@ -108,73 +254,70 @@ impl PinnedBuffers {
         done
     }
 
-    /// Fills all pieces with `byte`; does nothing if a piece was pinned for reading.
+    /// Fills the data with `byte`; does nothing if a piece was pinned for reading.
     pub fn fill(&self, byte: u8) {
-        if !self.writable {
+        if !self.writable() {
             return;
         }
-        for iovec in &self.iovecs {
+        for iovec in self.iovecs() {
             // SAFETY: as in `slices`: mapped for this many bytes while `self` lives, and no reference is made.
             unsafe { std::ptr::write_bytes(iovec.iov_base.cast::<u8>(), byte, iovec.iov_len) };
         }
     }
 
-    /// Takes the first `bytes` bytes off the list, after an I/O that ended short. More than there are empties it.
+    /// Takes the first `bytes` bytes off the data, after an I/O that ended short. More than there are empties it.
     pub fn advance(&mut self, bytes: u64) {
         let mut left = bytes.min(self.len);
         self.len -= left;
         let mut gone = 0;
-        for iovec in &mut self.iovecs {
+        for iovec in self.iovecs.get_mut(self.data.clone()).unwrap_or_default() {
             if left < iovec.iov_len as u64 {
-                iovec.iov_base = iovec.iov_base.cast::<u8>().wrapping_add(left as usize).cast();
+                iovec.iov_base = iovec.iov_base.wrapping_byte_add(left as usize);
                 iovec.iov_len -= left as usize;
                 break;
             }
             left -= iovec.iov_len as u64;
             gone += 1;
         }
-        self.iovecs.drain(..gone);
+        self.data.start += gone;
     }
 
-    /// Writes the byte that [`GuestMemory::pin_trailer`](super::GuestMemory::pin_trailer) set apart, if it did.
+    /// Writes the byte that was set apart, if one was.
     #[inline]
     pub fn write_trailer(&self, value: u8) {
         if let Some(place) = self.trailer {
-            // SAFETY: `set_trailer` was given a byte that its mapping holds for writing; the pins keep it mapped.
+            // SAFETY: the last byte of a piece that `push` was told may be written; the pins keep it mapped.
             unsafe { place.as_ptr().write_volatile(value) };
         }
     }
 
-    /// Adds a piece.
+    /// Adds a piece: pieces to be written come after those to be read.
     ///
     /// # Safety
-    /// The `len` bytes at `host` must belong to `mapping`, and be mapped for writing if `writable`.
-    #[inline]
-    pub(super) unsafe fn push(&mut self, host: *mut u8, len: usize, writable: bool, mapping: &Arc<Mapping>) {
-        // Neighbours in our address space become one piece: fewer, larger segments for the kernel.
-        match self.iovecs.last_mut() {
-            Some(last) if last.iov_base.cast::<u8>().wrapping_add(last.iov_len) == host => last.iov_len += len,
-            _ => self.iovecs.push(libc::iovec { iov_base: host.cast(), iov_len: len }),
+    /// The `len` bytes at `host` must belong to a mapping that is pinned, and be mapped for writing if `write`, for reading
+    /// if not.
+    #[inline(always)]
+    pub(super) unsafe fn push(&mut self, host: *mut u8, len: usize, write: bool) {
+        self.iovecs.push(libc::iovec { iov_base: host.cast(), iov_len: len });
+        if !write {
+            self.readable = self.iovecs.len();
         }
-        self.pin(mapping);
-        self.len += len as u64;
-        self.writable &= writable;
     }
 
-    /// Sets the byte apart that [`write_trailer`](Self::write_trailer) writes.
-    ///
-    /// # Safety
-    /// The byte at `host` must belong to `mapping` and be mapped for writing.
+    /// Keeps `mapping` for as long as the pieces.
     #[inline]
-    pub(super) unsafe fn set_trailer(&mut self, host: *mut u8, mapping: &Arc<Mapping>) {
-        self.trailer = NonNull::new(host);
-        self.pin(mapping);
+    pub(super) fn pin(&mut self, mapping: &Arc<Mapping>) {
+        match &self.pin {
+            None => self.pin = Some(Arc::clone(mapping)),
+            Some(pin) if Arc::ptr_eq(pin, mapping) => {}
+            Some(_) => self.pin_more(mapping),
+        }
     }
 
-    #[inline]
-    fn pin(&mut self, mapping: &Arc<Mapping>) {
-        if !self.pins.last().is_some_and(|pin| Arc::ptr_eq(pin, mapping)) {
-            self.pins.push(Arc::clone(mapping));
+    #[cold]
+    fn pin_more(&mut self, mapping: &Arc<Mapping>) {
+        if !self.more_pins.last().is_some_and(|pin| Arc::ptr_eq(pin, mapping)) {
+            self.more_pins.push(Arc::clone(mapping));
         }
     }
 
@@ -191,30 +334,32 @@ impl PinnedBuffers {
 
 impl fmt::Debug for PinnedBuffers {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "PinnedBuffers({} pieces, {} bytes)", self.iovecs.len(), self.len)
+        write!(f, "PinnedBuffers({} pieces, {} bytes)", self.data.len(), self.len)
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::memory::{Access, Mapping, testing::memory_file};
+    use crate::memory::testing::memory_file;
 
     /// Three pieces: 16, 8 and 24 bytes, with gaps between.
-    fn pieces(writable: bool) -> PinnedBuffers {
+    fn pieces(access: Access) -> PinnedBuffers {
         let mapping = Arc::new(Mapping::of_file(0, 0x1000, Access::READ_WRITE, memory_file(0x1000), 0).unwrap());
         let mut buffers = PinnedBuffers::default();
+        buffers.pin(&mapping);
         for (at, len) in [(0, 16), (0x100, 8), (0x200, 24)] {
             let (host, _) = mapping.host(at, Access::WRITE).unwrap();
-            // SAFETY: within the mapping, which is writable.
-            unsafe { buffers.push(host, len, writable, &mapping) };
+            // SAFETY: within the mapping, which is writable and pinned.
+            unsafe { buffers.push(host, len, access.write) };
         }
+        buffers.select_all();
         buffers
     }
 
     #[test]
     fn copies_start_and_end_anywhere() {
-        let buffers = pieces(true);
+        let buffers = pieces(Access::WRITE);
         let data: Vec<u8> = (1..=48).collect();
         assert_eq!(buffers.copy_from_slice(0, &data), 48);
         for (offset, len) in [(0, 48), (15, 2), (16, 8), (20, 28), (47, 1)] {
@@ -228,7 +373,7 @@ mod tests {
 
     #[test]
     fn read_only_pieces_are_not_written() {
-        let buffers = pieces(false);
+        let buffers = pieces(Access::READ);
         buffers.fill(7);
         assert_eq!(buffers.copy_from_slice(0, &[7; 48]), 0);
         let mut back = [1; 48];
@@ -240,7 +385,7 @@ mod tests {
     fn advance_takes_bytes_off_the_front() {
         let data: Vec<u8> = (1..=48).collect();
         for taken in 0..=50 {
-            let mut buffers = pieces(true);
+            let mut buffers = pieces(Access::WRITE);
             buffers.copy_from_slice(0, &data);
             buffers.advance(taken);
             let rest = &data[taken.min(48) as usize..];
@@ -262,14 +407,17 @@ mod tests {
         assert!(buffers.file().is_none());
         for (mapping, at, offset) in [(&first, 8, 0x2008), (&second, 0x1010, 0x10)] {
             let (host, _) = mapping.host(at, Access::WRITE).unwrap();
-            // SAFETY: within the mapping, which is writable.
-            unsafe { buffers.push(host, 16, true, mapping) };
+            buffers.pin(mapping);
+            // SAFETY: within the mapping, which is writable and pinned.
+            unsafe { buffers.push(host, 16, true) };
+            buffers.select_all();
             assert!(Arc::ptr_eq(buffers.file().unwrap(), &file));
             assert_eq!(file.offset_of(buffers.iovecs().last().unwrap()), Some(offset));
         }
         let (host, _) = third.host(0x2000, Access::WRITE).unwrap();
+        buffers.pin(&third);
         // SAFETY: as above.
-        unsafe { buffers.push(host, 16, true, &third) };
+        unsafe { buffers.push(host, 16, true) };
         assert!(buffers.file().is_none());
         assert_eq!(other.offset_of(&other.piece(0x800, 0x1000)), Some(0x800), "cut off at the end");
         let mut beyond = other.piece(0xff0, 0x10);
@@ -279,9 +427,9 @@ mod tests {
 
     #[test]
     fn one_mapping_is_pinned_once_and_until_cleared() {
-        let mut buffers = pieces(true);
-        assert_eq!(buffers.pins.len(), 1);
-        let release = buffers.pins[0].release();
+        let mut buffers = pieces(Access::WRITE);
+        assert!(buffers.more_pins.is_empty());
+        let release = buffers.pin.as_ref().unwrap().release();
         assert!(!release.wait(std::time::Instant::now()));
         buffers.clear();
         assert!(release.wait(std::time::Instant::now()));

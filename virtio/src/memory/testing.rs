@@ -14,9 +14,14 @@ pub(crate) fn memory_file(len: u64) -> Arc<MemoryFile> {
     Arc::new(MemoryFile::map(file).unwrap())
 }
 
-/// Guest memory of `len` bytes at `iova`, writable.
-pub(crate) fn guest_memory(iova: u64, len: u64) -> GuestMemory {
+/// A table with `len` bytes at `iova`, writable.
+pub(crate) fn guest_table(iova: u64, len: u64) -> Arc<SharedTable> {
     let shared = Arc::new(SharedTable::default());
     shared.map(Mapping::of_file(iova, len, Access::READ_WRITE, memory_file(len), 0).unwrap()).unwrap();
-    GuestMemory::new(shared)
+    shared
+}
+
+/// A view of such a table.
+pub(crate) fn guest_memory(iova: u64, len: u64) -> GuestMemory {
+    GuestMemory::new(guest_table(iova, len))
 }

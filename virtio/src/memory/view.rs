@@ -38,19 +38,130 @@ pub struct GuestMemory {
     shared: Arc<SharedTable>,
     table: Arc<IovaTable>,
     last: Option<Arc<Mapping>>,
+    /// What `last` says, at hand.
+    window: Window,
 }
+
+/// Where a mapping lies.
+#[derive(Clone, Copy, Debug)]
+struct Window {
+    iova: u64,
+    host: *mut u8,
+    /// Bytes that may be read: all or none.
+    readable: u64,
+    /// Bytes that may be written: all or none.
+    writable: u64,
+}
+
+// SAFETY: the pointer leads to memory that the mapping in `last`, which goes where the window goes, keeps mapped on any
+// thread.
+unsafe impl Send for Window {}
+
+impl Window {
+    const NONE: Self = Self { iova: 0, host: std::ptr::null_mut(), readable: 0, writable: 0 };
+
+    /// All of `mapping`.
+    fn of(mapping: &Mapping) -> Self {
+        let bytes = |access| mapping.host(mapping.iova(), access);
+        let (readable, writable) = (bytes(Access::READ), bytes(Access::WRITE));
+        let host = readable.or(writable).map_or(std::ptr::null_mut(), |(host, _)| host);
+        let len = |bytes: Option<(_, u64)>| bytes.map_or(0, |(_, len)| len);
+        Self { iova: mapping.iova(), host, readable: len(readable), writable: len(writable) }
+    }
+
+    /// Host address of `iova` and how many bytes follow there for reading, or for writing.
+    #[inline(always)]
+    fn host(&self, iova: u64, write: bool) -> Option<(*mut u8, u64)> {
+        let offset = iova.wrapping_sub(self.iova);
+        let len = if write { self.writable } else { self.readable };
+        (offset < len).then(|| (self.host.wrapping_add(offset as usize), len - offset))
+    }
+}
+
+/// One request's buffers while pieces are added to them. The mapping in the view's window is pinned at all times, so that
+/// a piece which lies in it needs no more than its address.
+pub(crate) struct Pinning<'a> {
+    memory: &'a mut GuestMemory,
+    buffers: &'a mut PinnedBuffers,
+}
+
+impl Pinning<'_> {
+    /// Adds the range's bytes, in pieces where it crosses mappings; what is read must come before what is written.
+    ///
+    /// # Errors
+    /// If a byte is not mapped for this access; the buffers may then hold a part of the range.
+    #[inline(always)]
+    pub(crate) fn add(&mut self, iova: u64, len: u32, write: bool) -> Result<(), Unmapped> {
+        match self.memory.window.host(iova, write) {
+            Some((host, left)) if u64::from(len) <= left => {
+                // SAFETY: `left >= len` bytes at `host` belong to the mapping in the window, which grants this access
+                // and is pinned: `pinning` did so, and `pin_pieces` does when another takes its place.
+                unsafe { self.buffers.push(host, len as usize, write) };
+                Ok(())
+            }
+            _ => {
+                let access = if write { Access::WRITE } else { Access::READ };
+                self.memory.pin_pieces(iova, len.into(), access, self.buffers)
+            }
+        }
+    }
+
+    /// Whether there is a piece that the device writes.
+    #[inline(always)]
+    pub(crate) fn has_writable(&self) -> bool {
+        self.buffers.has_writable()
+    }
+}
+
+/// Two words, wherever they lie.
+#[derive(Clone, Copy)]
+#[repr(C, packed)]
+pub(super) struct Unaligned(pub(super) [u64; 2]);
 
 impl GuestMemory {
     /// A view of the newest snapshot.
     pub fn new(shared: Arc<SharedTable>) -> Self {
         let table = shared.load();
-        Self { shared, table, last: None }
+        Self { shared, table, last: None, window: Window::NONE }
     }
 
     /// Takes the newest snapshot and lets go of all older ones.
     pub fn refresh(&mut self) {
         self.last = None;
+        self.window = Window::NONE;
         self.table = self.shared.load();
+    }
+
+    /// Copies records of 16 bytes, as they lie in guest memory from `iova` on.
+    ///
+    /// # Errors
+    /// If a byte is not mapped for reading.
+    #[inline]
+    pub(crate) fn read_records(&mut self, iova: u64, records: &mut [[u64; 2]]) -> Result<(), Unmapped> {
+        let (host, left) = self.host(iova, Access::READ)?;
+        if left < size_of_val(records) as u64 {
+            return self.gather_records(iova, records);
+        }
+        for (index, record) in records.iter_mut().enumerate() {
+            // SAFETY: `host` returned `left` bytes, enough for all records, that belong to a mapping which `self.last`
+            // keeps mapped meanwhile; any bytes are a valid array.
+            let Unaligned(copy) = unsafe { host.cast::<Unaligned>().add(index).read_volatile() };
+            *record = copy;
+        }
+        Ok(())
+    }
+
+    /// The same where the records cross mappings.
+    #[cold]
+    fn gather_records(&mut self, mut iova: u64, records: &mut [[u64; 2]]) -> Result<(), Unmapped> {
+        for record in records {
+            let mut bytes = [0; 16];
+            self.read(iova, &mut bytes)?;
+            let words = u128::from_le_bytes(bytes);
+            *record = [words as u64, (words >> 64) as u64].map(u64::to_le);
+            iova = iova.wrapping_add(16);
+        }
+        Ok(())
     }
 
     /// Copies `data.len()` bytes out of guest memory.
@@ -92,8 +203,24 @@ impl GuestMemory {
     ///
     /// # Errors
     /// If a byte is not mapped for this access; `buffers` may then hold a part of the range.
+    pub fn pin(&mut self, iova: u64, len: u64, access: Access, buffers: &mut PinnedBuffers) -> Result<(), Unmapped> {
+        self.pin_pieces(iova, len, access, buffers)?;
+        buffers.select_all();
+        Ok(())
+    }
+
+    /// Adds pieces to `buffers` one after the other.
     #[inline]
-    pub fn pin(
+    pub(crate) fn pinning<'a>(&'a mut self, buffers: &'a mut PinnedBuffers) -> Pinning<'a> {
+        if let Some(last) = &self.last {
+            buffers.pin(last);
+        }
+        Pinning { memory: self, buffers }
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn pin_pieces(
         &mut self,
         mut iova: u64,
         mut len: u64,
@@ -104,8 +231,9 @@ impl GuestMemory {
             let (host, left) = self.host(iova, access)?;
             let piece = len.min(left);
             if let Some(mapping) = &self.last {
-                // SAFETY: `host` was given out by `self.last` for `left >= piece` bytes and this access.
-                unsafe { buffers.push(host, piece as usize, access.write, mapping) };
+                buffers.pin(mapping);
+                // SAFETY: `host` was given out by `self.last`, which is pinned, for `left >= piece` bytes and this access.
+                unsafe { buffers.push(host, piece as usize, access.write) };
             }
             len -= piece;
             iova = iova.wrapping_add(piece);
@@ -116,39 +244,26 @@ impl GuestMemory {
         Ok(())
     }
 
-    /// Asks the processor to have the byte at `iova` at hand soon, for this access: a hint, for a request that comes after
-    /// the one at work. Does nothing for an address outside the mapping that was used last.
-    #[inline]
-    pub fn prefetch(&self, iova: u64, access: Access) {
-        if let Some((host, _)) = self.last.as_ref().and_then(|last| last.host(iova, access)) {
-            prefetch(host, access);
+    /// Asks the processor to have the byte at `iova` at hand soon, for reading: a hint, for a request that comes after the
+    /// one at work. Does nothing for an address outside the mapping that was used last.
+    #[inline(always)]
+    pub(crate) fn prefetch(&self, iova: u64) {
+        if let Some((host, _)) = self.window.host(iova, false) {
+            prefetch(host, Access::READ);
         }
-    }
-
-    /// Sets the byte at `iova` apart, to be written by [`PinnedBuffers::write_trailer`].
-    ///
-    /// # Errors
-    /// If it is not mapped for writing.
-    #[inline]
-    pub fn pin_trailer(&mut self, iova: u64, buffers: &mut PinnedBuffers) -> Result<(), Unmapped> {
-        let (host, _) = self.host(iova, Access::WRITE)?;
-        if let Some(mapping) = &self.last {
-            // SAFETY: `host` was given out by `self.last` for writing.
-            unsafe { buffers.set_trailer(host, mapping) };
-        }
-        Ok(())
     }
 
     /// Host address of `iova` and how many bytes follow there; `self.last` is then its mapping.
     #[inline]
     fn host(&mut self, iova: u64, access: Access) -> Result<(*mut u8, u64), Unmapped> {
-        if let Some(found) = self.last.as_ref().and_then(|last| last.host(iova, access)) {
-            return Ok(found);
+        match self.window.host(iova, access.write) {
+            Some(found) if access != Access::READ_WRITE => Ok(found),
+            _ => self.look_up(iova, access),
         }
-        self.look_up(iova, access)
     }
 
     #[cold]
+    #[inline(never)]
     fn look_up(&mut self, iova: u64, access: Access) -> Result<(*mut u8, u64), Unmapped> {
         if self.table.find(iova).is_none() {
             // Mapped since this snapshot was taken, perhaps: the client was told so before the guest used it.
@@ -159,6 +274,7 @@ impl GuestMemory {
             return Err(Unmapped::NotShared { iova });
         }
         let found = mapping.host(iova, access).ok_or(Unmapped::Nowhere { iova })?;
+        self.window = Window::of(mapping);
         self.last = Some(Arc::clone(mapping));
         Ok(found)
     }
@@ -172,7 +288,7 @@ impl GuestMemory {
 
 /// A hint to bring a cache line here: ours alone if it is to be written, so that the write need not ask for it again.
 #[inline(always)]
-fn prefetch(host: *const u8, access: Access) {
+pub(super) fn prefetch(host: *const u8, access: Access) {
     #[cfg(target_arch = "x86_64")]
     if access.write {
         // SAFETY: PREFETCHW changes no register, flag or memory, and never faults, whatever the address.

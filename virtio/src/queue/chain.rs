@@ -1,9 +1,11 @@
 //! The walk over the descriptors of one request (virtio 1.3 §2.7.5).
 
+use std::num::NonZeroU16;
+
 use virtio_bindings::virtio_ring::{VRING_DESC_F_INDIRECT, VRING_DESC_F_NEXT, VRING_DESC_F_WRITE};
 
 use super::ring::{Descriptor, RingMemory};
-use crate::memory::{GuestMemory, Unmapped};
+use crate::memory::{GuestMemory, PinnedBuffers, Pinning, Unmapped};
 
 /// The most descriptors that one chain may have, an indirect table's included.
 pub const MAX_DESCRIPTORS: u16 = 1024;
@@ -11,16 +13,8 @@ pub const MAX_DESCRIPTORS: u16 = 1024;
 const NEXT: u16 = VRING_DESC_F_NEXT as u16;
 const WRITE: u16 = VRING_DESC_F_WRITE as u16;
 const INDIRECT: u16 = VRING_DESC_F_INDIRECT as u16;
-const DESCRIPTOR_LEN: usize = 16;
-
-/// A piece of a chain: `len` bytes at `iova`; never empty, not yet looked up in the mappings.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Segment {
-    /// First address.
-    pub iova: u64,
-    /// Length in bytes, at least 1.
-    pub len: u32,
-}
+const DESCRIPTOR_LEN: u32 = 16;
+const MAX_TABLE_LEN: u32 = MAX_DESCRIPTORS as u32 * DESCRIPTOR_LEN;
 
 /// What a guest did wrong in a chain.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -46,113 +40,135 @@ pub enum ChainError {
     /// An indirect table that is empty, no multiple of 16 bytes, or too long.
     #[error("an indirect table of {0} bytes: it must be a multiple of 16, of at most 16384")]
     IndirectLength(u32),
-    /// An indirect table that is not in memory.
-    #[error("indirect table: {0}")]
-    IndirectUnmapped(#[from] Unmapped),
+    /// A buffer or an indirect table that is not in memory.
+    #[error(transparent)]
+    Unmapped(#[from] Unmapped),
 }
 
-/// One request's buffers, as a list to read and a list to write. Meant to be filled again and again.
-#[derive(Debug, Default)]
-pub struct Chain {
-    readable: Vec<Segment>,
-    writable: Vec<Segment>,
-    indirect: Vec<u8>,
+/// Where a chain goes on: its indirect table, not read yet (§2.7.5.3).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct IndirectTable {
+    pub(super) iova: u64,
+    pub(super) entries: NonZeroU16,
 }
 
-impl Chain {
-    /// Device-readable pieces, in order.
-    pub fn readable(&self) -> &[Segment] {
-        &self.readable
+/// The walks over the chains of one queue.
+#[derive(Debug)]
+pub(super) struct Walk {
+    indirect_desc: bool,
+    /// The indirect table at hand: our own copy, so that nothing in it is read twice.
+    table: Vec<[u64; 2]>,
+}
+
+impl Walk {
+    /// For a queue for which `VIRTIO_F_INDIRECT_DESC` was negotiated, or not.
+    pub(super) fn new(indirect_desc: bool) -> Self {
+        Self { indirect_desc, table: Vec::new() }
     }
 
-    /// Device-writable pieces, in order; they come after the readable ones.
-    pub fn writable(&self) -> &[Segment] {
-        &self.writable
-    }
-
-    /// Fills the lists with the chain that starts at `head`. The work is bounded by [`MAX_DESCRIPTORS`] and the table.
-    pub(super) fn walk<M: RingMemory>(
-        &mut self,
+    /// Pins the buffers of the chain that starts at `head`, as far as the ring's own table goes. The work is bounded by
+    /// [`MAX_DESCRIPTORS`] and the table.
+    #[inline(always)]
+    pub(super) fn start<M: RingMemory>(
+        &self,
         ring: &M,
         head: u16,
-        indirect_allowed: bool,
         memory: &mut GuestMemory,
-    ) -> Result<(), ChainError> {
-        self.readable.clear();
-        self.writable.clear();
+        buffers: &mut PinnedBuffers,
+    ) -> Result<Option<IndirectTable>, ChainError> {
+        let first = ring.read_descriptor(head);
+        if first.flags & INDIRECT != 0 {
+            return self.table(first, memory).map(Some);
+        }
+        self.start_direct(ring, first, memory, buffers)
+    }
+
+    /// The same for a chain whose first descriptor is no indirect table.
+    #[inline(never)]
+    fn start_direct<M: RingMemory>(
+        &self,
+        ring: &M,
+        first: Descriptor,
+        memory: &mut GuestMemory,
+        buffers: &mut PinnedBuffers,
+    ) -> Result<Option<IndirectTable>, ChainError> {
         let size = ring.size();
-        let mut index = head;
+        let mut pinning = memory.pinning(buffers);
+        let mut descriptor = first;
         // Each step consumes one descriptor of a table with `size`: more steps than that are a loop.
         for _ in 0..size.min(MAX_DESCRIPTORS) {
+            if descriptor.flags & INDIRECT != 0 {
+                return self.table(descriptor, memory).map(Some);
+            }
+            push(descriptor, &mut pinning)?;
+            if descriptor.flags & NEXT == 0 {
+                return Ok(None);
+            }
+            let index = descriptor.next;
             if index >= size {
                 return Err(ChainError::OutOfTable { index, len: size });
             }
-            let descriptor = ring.read_descriptor(index);
-            if descriptor.flags & INDIRECT != 0 {
-                if !indirect_allowed || descriptor.flags & NEXT != 0 {
-                    return Err(ChainError::MisplacedIndirect);
-                }
-                return self.walk_indirect(descriptor, memory);
+            descriptor = ring.read_descriptor(index);
+        }
+        Err(ChainError::TooLong(size.min(MAX_DESCRIPTORS)))
+    }
+
+    /// The table that a descriptor points to. The processor is asked to have it at hand.
+    #[inline(always)]
+    fn table(&self, descriptor: Descriptor, memory: &GuestMemory) -> Result<IndirectTable, ChainError> {
+        if !self.indirect_desc || descriptor.flags & NEXT != 0 {
+            return Err(ChainError::MisplacedIndirect);
+        }
+        let Descriptor { addr: iova, len, .. } = descriptor;
+        match NonZeroU16::new((len / DESCRIPTOR_LEN) as u16) {
+            Some(entries) if len.is_multiple_of(DESCRIPTOR_LEN) && len <= MAX_TABLE_LEN => {
+                memory.prefetch(iova);
+                Ok(IndirectTable { iova, entries })
             }
-            self.push(descriptor)?;
+            _ => Err(ChainError::IndirectLength(len)),
+        }
+    }
+
+    /// Pins the buffers of the rest of a chain.
+    #[inline(never)]
+    pub(super) fn finish(
+        &mut self,
+        IndirectTable { iova, entries }: IndirectTable,
+        memory: &mut GuestMemory,
+        buffers: &mut PinnedBuffers,
+    ) -> Result<(), ChainError> {
+        let entries = entries.get();
+        if self.table.len() < usize::from(entries) {
+            self.table.resize(entries.into(), [0; 2]);
+        }
+        let table = self.table.get_mut(..usize::from(entries)).unwrap_or_default();
+        memory.read_records(iova, table)?;
+        let mut pinning = memory.pinning(buffers);
+        let mut index = 0;
+        for _ in 0..table.len() {
+            let record = table.get(usize::from(index)).ok_or(ChainError::OutOfTable { index, len: entries })?;
+            let descriptor = Descriptor::from_words(*record);
+            if descriptor.flags & INDIRECT != 0 {
+                return Err(ChainError::MisplacedIndirect);
+            }
+            push(descriptor, &mut pinning)?;
             if descriptor.flags & NEXT == 0 {
                 return Ok(());
             }
             index = descriptor.next;
         }
-        Err(ChainError::TooLong(size.min(MAX_DESCRIPTORS)))
-    }
-
-    /// The rest of a chain, in a table of its own. The table is copied first: nothing in it is read twice.
-    fn walk_indirect(&mut self, table: Descriptor, memory: &mut GuestMemory) -> Result<(), ChainError> {
-        let len = table.len as usize;
-        let entries = len / DESCRIPTOR_LEN;
-        if len == 0 || !len.is_multiple_of(DESCRIPTOR_LEN) || entries > usize::from(MAX_DESCRIPTORS) {
-            return Err(ChainError::IndirectLength(table.len));
-        }
-        let mut copy = std::mem::take(&mut self.indirect);
-        copy.resize(len, 0);
-        let walked = memory.read(table.addr, &mut copy).map_err(ChainError::from).and_then(|()| {
-            let mut index = 0;
-            for _ in 0..entries {
-                let out = ChainError::OutOfTable { index, len: entries as u16 };
-                let descriptor = descriptor_at(&copy, index).ok_or(out)?;
-                if descriptor.flags & INDIRECT != 0 {
-                    return Err(ChainError::MisplacedIndirect);
-                }
-                self.push(descriptor)?;
-                if descriptor.flags & NEXT == 0 {
-                    return Ok(());
-                }
-                index = descriptor.next;
-            }
-            Err(ChainError::TooLong(entries as u16))
-        });
-        self.indirect = copy;
-        walked
-    }
-
-    #[inline]
-    fn push(&mut self, descriptor: Descriptor) -> Result<(), ChainError> {
-        let segment = Segment { iova: descriptor.addr, len: descriptor.len };
-        let list = if descriptor.flags & WRITE != 0 {
-            &mut self.writable
-        } else if self.writable.is_empty() {
-            &mut self.readable
-        } else {
-            return Err(ChainError::ReadableAfterWritable);
-        };
-        if segment.len > 0 {
-            list.push(segment);
-        }
-        Ok(())
+        Err(ChainError::TooLong(entries))
     }
 }
 
-fn descriptor_at(table: &[u8], index: u16) -> Option<Descriptor> {
-    let start = usize::from(index) * DESCRIPTOR_LEN;
-    let entry: &[u8; DESCRIPTOR_LEN] = table.get(start..)?.first_chunk()?;
-    let (addr, rest) = entry.split_at(8);
-    let word = |bytes: &[u8]| bytes.try_into().map_or(0, u64::from_ne_bytes);
-    Some(Descriptor::from_words([word(addr), word(rest)]))
+#[inline(always)]
+fn push(descriptor: Descriptor, pinning: &mut Pinning<'_>) -> Result<(), ChainError> {
+    let write = descriptor.flags & WRITE != 0;
+    if !write && pinning.has_writable() {
+        return Err(ChainError::ReadableAfterWritable);
+    }
+    if descriptor.len > 0 {
+        pinning.add(descriptor.addr, descriptor.len, write)?;
+    }
+    Ok(())
 }

@@ -2,7 +2,7 @@
 //!
 //! - [`ring`](self): the shared memory and everything about ordering; the only fences of this crate's data path.
 //! - [`SplitQueue`]: positions, batches, who is in flight.
-//! - [`Chain`]: the walk over descriptors.
+//! - `Walk`: from descriptors to pinned buffers.
 //! - [`event_idx`]: was the index crossed that the other side waits for?
 
 mod chain;
@@ -12,6 +12,6 @@ mod model;
 mod ring;
 mod split;
 
-pub use chain::{Chain, ChainError, MAX_DESCRIPTORS, Segment};
+pub use chain::{ChainError, MAX_DESCRIPTORS};
 pub use ring::{Armed, Descriptor, Field, RingMemory, Signal};
-pub use split::{Head, QueueError, QueueState, RingFeatures, SplitQueue};
+pub use split::{Head, Popped, QueueError, QueueState, RingFeatures, SplitQueue};

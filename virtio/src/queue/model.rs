@@ -27,7 +27,7 @@
 //! A model that passes says little until it is seen to fail. `cargo xtask mutants` weakens and removes every ordering of
 //! the ring, one at a time, and for each some model here fails.
 
-use std::sync::Arc;
+use std::sync::{Arc, LazyLock};
 
 use loom::model::Builder;
 use loom::sync::Notify;
@@ -35,8 +35,9 @@ use loom::sync::atomic::{AtomicU16, AtomicU32, AtomicU64, Ordering, fence};
 use loom::thread;
 use virtio_bindings::virtio_ring::{VRING_AVAIL_F_NO_INTERRUPT, VRING_USED_F_NO_NOTIFY};
 
-use super::{Armed, Chain, Descriptor, Field, QueueState, RingFeatures, RingMemory, Segment, Signal, SplitQueue};
-use crate::memory::GuestMemory;
+use super::{Armed, Descriptor, Field, QueueState, RingFeatures, RingMemory, Signal, SplitQueue};
+use crate::memory::testing::guest_table;
+use crate::memory::{GuestMemory, PinnedBuffers, SharedTable};
 
 const SIZE: u16 = 2;
 const NO_INTERRUPT: u16 = VRING_AVAIL_F_NO_INTERRUPT as u16;
@@ -182,7 +183,7 @@ fn written(n: u16) -> u32 {
 struct Device {
     queue: SplitQueue<Arc<Memory>>,
     memory: GuestMemory,
-    chain: Chain,
+    buffers: PinnedBuffers,
     popped: u16,
     completed: u16,
 }
@@ -190,10 +191,13 @@ struct Device {
 impl Device {
     /// Takes the next request, whose head and buffer must be those that the driver gave it.
     fn pop(&mut self) -> Option<super::Head> {
-        let head = self.queue.pop(&mut self.memory, &mut self.chain).unwrap()?;
+        self.buffers.clear();
+        let head = self.queue.pop(&mut self.memory, &mut self.buffers).unwrap()?.resolved().unwrap();
         assert_eq!(head.index(), self.popped % SIZE, "head {} is an old one", self.popped);
-        let segment = Segment { iova: u64::from(self.popped) + 1, len: 8 };
-        assert_eq!(self.chain.readable(), [segment], "descriptor {} is an old one", self.popped);
+        let [piece] = self.buffers.iovecs() else { panic!("{:?}", self.buffers) };
+        let place = self.buffers.file().and_then(|file| file.offset_of(piece));
+        let expected = (Some(u64::from(self.popped) + 1), 8);
+        assert_eq!((place, piece.iov_len), expected, "descriptor {} is an old one", self.popped);
         self.popped += 1;
         Some(head)
     }
@@ -209,8 +213,10 @@ fn queue(event_idx: bool) -> (Device, Driver) {
     let memory = Arc::new(Memory::default());
     let features = RingFeatures { event_idx, indirect_desc: false };
     let queue = SplitQueue::new(Arc::clone(&memory), features, QueueState::default());
-    let guest = GuestMemory::new(Arc::default());
-    let device = Device { queue, memory: guest, chain: Chain::default(), popped: 0, completed: 0 };
+    // Where the buffers lie, which nobody looks into.
+    static BUFFERS: LazyLock<Arc<SharedTable>> = LazyLock::new(|| guest_table(0, 0x1000));
+    let guest = GuestMemory::new(Arc::clone(&BUFFERS));
+    let device = Device { queue, memory: guest, buffers: PinnedBuffers::default(), popped: 0, completed: 0 };
     (device, Driver { memory, event_idx, added: 0, published: 0, taken: 0 })
 }
 

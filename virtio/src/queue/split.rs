@@ -1,8 +1,10 @@
 //! A split virtqueue: where the device stands in it, and which requests it has taken.
 
-use super::chain::{Chain, ChainError};
+use std::num::NonZeroU16;
+
+use super::chain::{ChainError, IndirectTable, Walk};
 use super::ring::{Armed, RingMemory, Signal, SplitRing};
-use crate::memory::GuestMemory;
+use crate::memory::{GuestMemory, PinnedBuffers};
 
 /// The ring features that were negotiated (virtio 1.3 §6).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -60,6 +62,24 @@ impl Head {
     }
 }
 
+/// A request that was taken off a queue, and whose buffers may not all be known until [`SplitQueue::resolve`].
+#[derive(Debug, PartialEq, Eq)]
+#[must_use = "a request must be resolved and completed"]
+pub struct Popped {
+    head: Head,
+    /// Where an [`IndirectTable`] is to be read, if there are entries.
+    table: u64,
+    entries: Option<NonZeroU16>,
+}
+
+impl Popped {
+    /// The request, whose buffers are known; `None` if [`SplitQueue::resolve`] has not succeeded.
+    #[inline]
+    pub fn resolved(self) -> Option<Head> {
+        self.entries.is_none().then_some(self.head)
+    }
+}
+
 /// Where a device stands in a queue; with nothing in flight this is all there is to carry over.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct QueueState {
@@ -73,7 +93,7 @@ pub struct QueueState {
 #[derive(Debug)]
 pub struct SplitQueue<M> {
     ring: SplitRing<M>,
-    indirect_desc: bool,
+    walk: Walk,
     next_avail: u16,
     /// What the driver had published when we last looked.
     avail_idx: u16,
@@ -91,7 +111,7 @@ impl<M> SplitQueue<M> {
     pub fn with_memory<N>(self, memory: N) -> SplitQueue<N> {
         SplitQueue {
             ring: self.ring.with_memory(memory),
-            indirect_desc: self.indirect_desc,
+            walk: self.walk,
             next_avail: self.next_avail,
             avail_idx: self.avail_idx,
             next_used: self.next_used,
@@ -113,7 +133,7 @@ impl<M: RingMemory> SplitQueue<M> {
         let words = usize::from(memory.size()).div_ceil(64);
         Self {
             ring: SplitRing::new(memory, features.event_idx),
-            indirect_desc: features.indirect_desc,
+            walk: Walk::new(features.indirect_desc),
             next_avail: state.next_avail,
             avail_idx: state.next_avail,
             next_used: state.next_used,
@@ -134,19 +154,42 @@ impl<M: RingMemory> SplitQueue<M> {
         self.ring.size()
     }
 
-    /// Takes the next request, if there is one, and fills `chain` with its buffers.
+    /// Takes the next request, if there is one, and pins in `buffers`, which must be empty, what the ring itself says of its
+    /// buffers. The rest may be elsewhere: [`resolve`](Self::resolve) finds it, and the processor has been asked for it.
     ///
     /// # Errors
     /// If the driver broke the queue's rules; whatever is in flight can still be completed.
     #[inline]
-    pub fn pop(&mut self, memory: &mut GuestMemory, chain: &mut Chain) -> Result<Option<Head>, QueueError> {
+    pub fn pop(&mut self, memory: &mut GuestMemory, buffers: &mut PinnedBuffers) -> Result<Option<Popped>, QueueError> {
         let Some(head) = self.pop_head()? else {
             return Ok(None);
         };
-        match chain.walk(self.ring.memory(), head.0, self.indirect_desc, memory) {
-            Ok(()) => Ok(Some(head)),
+        match self.walk.start(self.ring.memory(), head.0, memory, buffers) {
+            Ok(None) => Ok(Some(Popped { head, table: 0, entries: None })),
+            Ok(Some(IndirectTable { iova, entries })) => Ok(Some(Popped { head, table: iova, entries: Some(entries) })),
             Err(source) => Err(QueueError::Chain { head: head.0, source }),
         }
+    }
+
+    /// Pins the rest of a request's buffers. Indirect tables are read here and not before, so that those of several
+    /// requests can be on their way at the same time.
+    ///
+    /// # Errors
+    /// If the driver broke the rules.
+    #[inline]
+    pub fn resolve(
+        &mut self,
+        popped: &mut Popped,
+        memory: &mut GuestMemory,
+        buffers: &mut PinnedBuffers,
+    ) -> Result<(), QueueError> {
+        let Some(entries) = popped.entries else { return Ok(()) };
+        let table = IndirectTable { iova: popped.table, entries };
+        if let Err(source) = self.walk.finish(table, memory, buffers) {
+            return Err(QueueError::Chain { head: popped.head.0, source });
+        }
+        popped.entries = None;
+        Ok(())
     }
 
     /// Takes the next request, if there is one, without a look at its buffers.
@@ -221,7 +264,7 @@ mod tests {
 
     use super::*;
     use crate::memory::{MappedRing, RingAddresses, testing::guest_memory};
-    use crate::queue::{Field, MAX_DESCRIPTORS, RingMemory, Segment};
+    use crate::queue::{Field, MAX_DESCRIPTORS, RingMemory};
 
     const BASE: u64 = 0x10_0000;
     const AT: RingAddresses = RingAddresses { desc: BASE, avail: BASE + 0x1000, used: BASE + 0x2000 };
@@ -239,14 +282,18 @@ mod tests {
     struct Rig {
         memory: GuestMemory,
         queue: SplitQueue<MappedRing>,
-        chain: Chain,
+        buffers: PinnedBuffers,
     }
 
     impl Rig {
         fn new(features: RingFeatures) -> Self {
             let mut memory = guest_memory(BASE, 0x10_0000);
             let ring = MappedRing::new(&mut memory, AT, 8).unwrap();
-            Self { memory, queue: SplitQueue::new(ring, features, QueueState::default()), chain: Chain::default() }
+            Self {
+                memory,
+                queue: SplitQueue::new(ring, features, QueueState::default()),
+                buffers: PinnedBuffers::default(),
+            }
         }
 
         fn set(&self, field: Field, value: u16) {
@@ -272,7 +319,22 @@ mod tests {
         }
 
         fn pop(&mut self) -> Result<Option<Head>, QueueError> {
-            self.queue.pop(&mut self.memory, &mut self.chain)
+            self.buffers.clear();
+            match self.queue.pop(&mut self.memory, &mut self.buffers)? {
+                Some(mut popped) => {
+                    self.queue.resolve(&mut popped, &mut self.memory, &mut self.buffers)?;
+                    Ok(popped.resolved())
+                }
+                None => Ok(None),
+            }
+        }
+
+        /// Address and length of the pieces that were popped last: to read, and to write.
+        fn pieces(&self) -> [Vec<(u64, usize)>; 2] {
+            let file = self.buffers.file().unwrap();
+            let place = |piece: &libc::iovec| (BASE + file.offset_of(piece).unwrap(), piece.iov_len);
+            let (readable, writable) = self.buffers.pieces();
+            [readable, writable].map(|pieces| pieces.iter().map(place).collect())
         }
 
         /// What is wrong with the chain that starts at descriptor 0.
@@ -288,15 +350,14 @@ mod tests {
     #[test]
     fn chains_are_walked_in_order() {
         let mut rig = Rig::new(EVENT_IDX);
-        rig.describe(AT.desc, 5, (0x100, 16, NEXT, 2));
-        rig.describe(AT.desc, 2, (0x200, 0, NEXT, 7));
-        rig.describe(AT.desc, 7, (0x300, 32, NEXT | WRITE, 1));
-        rig.describe(AT.desc, 1, (0x400, 1, WRITE, 0));
+        rig.describe(AT.desc, 5, (BASE, 16, NEXT, 2));
+        rig.describe(AT.desc, 2, (BASE + 0x200, 0, NEXT, 7));
+        rig.describe(AT.desc, 7, (BASE + 0x300, 32, NEXT | WRITE, 1));
+        rig.describe(AT.desc, 1, (BASE + 0x400, 1, WRITE, 0));
         rig.offer(5);
         let head = rig.pop().unwrap().unwrap();
         assert_eq!(head.index(), 5);
-        assert_eq!(rig.chain.readable(), [Segment { iova: 0x100, len: 16 }]);
-        assert_eq!(rig.chain.writable(), [Segment { iova: 0x300, len: 32 }, Segment { iova: 0x400, len: 1 }]);
+        assert_eq!(rig.pieces(), [vec![(BASE, 16)], vec![(BASE + 0x300, 32), (BASE + 0x400, 1)]]);
         assert_eq!(rig.pop(), Ok(None));
     }
 
@@ -304,14 +365,13 @@ mod tests {
     #[test]
     fn a_table_may_follow_normal_descriptors() {
         let mut rig = Rig::new(EVENT_IDX);
-        rig.describe(AT.desc, 0, (0x100, 16, NEXT, 3));
+        rig.describe(AT.desc, 0, (BASE, 16, NEXT, 3));
         rig.describe(AT.desc, 3, (TABLE, 48, INDIRECT | WRITE, 0));
-        rig.describe(TABLE, 0, (0x200, 8, NEXT, 2));
-        rig.describe(TABLE, 2, (0x300, 9, WRITE, 0));
+        rig.describe(TABLE, 0, (BASE + 0x200, 8, NEXT, 2));
+        rig.describe(TABLE, 2, (BASE + 0x300, 9, WRITE, 0));
         rig.offer(0);
         assert!(rig.pop().unwrap().is_some());
-        assert_eq!(rig.chain.readable(), [Segment { iova: 0x100, len: 16 }, Segment { iova: 0x200, len: 8 }]);
-        assert_eq!(rig.chain.writable(), [Segment { iova: 0x300, len: 9 }]);
+        assert_eq!(rig.pieces(), [vec![(BASE, 16), (BASE + 0x200, 8)], vec![(BASE + 0x300, 9)]]);
     }
 
     #[test]
@@ -325,19 +385,21 @@ mod tests {
             rig.chain_error()
         };
         let table = |len| (AT.desc, 0, (TABLE, len, INDIRECT, 0));
-        assert_eq!(bad(&[(AT.desc, 0, (0, 1, NEXT, 8))]), OutOfTable { index: 8, len: 8 });
-        assert_eq!(bad(&[(AT.desc, 0, (0, 1, NEXT, 0))]), TooLong(8), "a loop of one");
-        assert_eq!(bad(&[(AT.desc, 0, (0, 1, NEXT, 1)), (AT.desc, 1, (0, 0, NEXT, 0))]), TooLong(8));
-        let after_write = [(AT.desc, 0, (0, 1, NEXT | WRITE, 1)), (AT.desc, 1, (0, 1, 0, 0))];
+        assert_eq!(bad(&[(AT.desc, 0, (BASE, 1, NEXT, 8))]), OutOfTable { index: 8, len: 8 });
+        assert_eq!(bad(&[(AT.desc, 0, (BASE, 1, NEXT, 0))]), TooLong(8), "a loop of one");
+        assert_eq!(bad(&[(AT.desc, 0, (BASE, 1, NEXT, 1)), (AT.desc, 1, (0, 0, NEXT, 0))]), TooLong(8));
+        let after_write = [(AT.desc, 0, (BASE, 1, NEXT | WRITE, 1)), (AT.desc, 1, (0, 1, 0, 0))];
         assert_eq!(bad(&after_write), ReadableAfterWritable);
         assert_eq!(bad(&[(AT.desc, 0, (TABLE, 16, INDIRECT | NEXT, 1))]), MisplacedIndirect);
         assert_eq!(bad(&[table(16), (TABLE, 0, (TABLE, 16, INDIRECT, 0))]), MisplacedIndirect);
-        assert_eq!(bad(&[table(32), (TABLE, 0, (0, 1, NEXT, 2))]), OutOfTable { index: 2, len: 2 });
-        assert_eq!(bad(&[table(32), (TABLE, 0, (0, 1, NEXT, 0))]), TooLong(2));
+        assert_eq!(bad(&[table(32), (TABLE, 0, (BASE, 1, NEXT, 2))]), OutOfTable { index: 2, len: 2 });
+        assert_eq!(bad(&[table(32), (TABLE, 0, (BASE, 1, NEXT, 0))]), TooLong(2));
         for len in [0, 8, 17, 16 * u32::from(MAX_DESCRIPTORS) + 16, u32::MAX - 15] {
             assert_eq!(bad(&[table(len)]), IndirectLength(len));
         }
-        assert!(matches!(bad(&[(AT.desc, 0, (0, 16, INDIRECT, 0))]), IndirectUnmapped(_)));
+        for unmapped in [(0, 16, INDIRECT, 0), (0, 1, 0, 0), (BASE + 0xf_ffff, 2, WRITE, 0), (u64::MAX, 1, 0, 0)] {
+            assert!(matches!(bad(&[(AT.desc, 0, unmapped)]), Unmapped(_)));
+        }
         let mut plain = Rig::new(PLAIN);
         plain.describe(AT.desc, 0, (TABLE, 16, INDIRECT, 0));
         assert_eq!(plain.chain_error(), MisplacedIndirect, "the feature was not negotiated");
