@@ -11,10 +11,10 @@ use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_F_MQ, VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SECURE_ERASE, VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_SIZE_MAX,
     VIRTIO_BLK_F_TOPOLOGY, VIRTIO_BLK_F_WRITE_ZEROES,
 };
-use virtio_bindings::virtio_config::VIRTIO_F_RING_RESET;
+use virtio_bindings::virtio_config::{VIRTIO_F_IN_ORDER, VIRTIO_F_RING_PACKED, VIRTIO_F_RING_RESET};
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 
-use crate::{Client, Error, GuestMemory, NO_VECTOR, NotifyMethod, SplitDriver, VirtioPci};
+use crate::{Client, Error, GuestMemory, NO_VECTOR, NotifyMethod, PackedDriver, Ring, SplitDriver, VirtioPci};
 pub use config::{BlockConfig, EraseLimits, Topology};
 use queue::Limits;
 pub use queue::{BlockQueue, BlockRequest, Completion, RequestType, Tag};
@@ -27,7 +27,7 @@ pub struct BlockOptions {
     pub features: u64,
     /// The most queues to use.
     pub queues: u16,
-    /// The most entries of a queue: a power of two.
+    /// The most entries of a queue: a power of two, unless the queues are packed.
     pub queue_size: u16,
     /// How the device is notified.
     pub notify: NotifyMethod,
@@ -41,7 +41,7 @@ pub struct BlockOptions {
 }
 
 impl BlockOptions {
-    /// All features that this driver knows.
+    /// All features that this driver knows, but for [`PACKED`](Self::PACKED) and [`IN_ORDER`](Self::IN_ORDER).
     pub const FEATURES: u64 = 1 << VIRTIO_BLK_F_SIZE_MAX
         | 1 << VIRTIO_BLK_F_SEG_MAX
         | 1 << VIRTIO_BLK_F_GEOMETRY
@@ -57,10 +57,14 @@ impl BlockOptions {
         | 1 << VIRTIO_RING_F_INDIRECT_DESC
         | 1 << VIRTIO_RING_F_EVENT_IDX
         | 1 << VIRTIO_F_RING_RESET;
+    /// Packed virtqueues.
+    pub const PACKED: u64 = 1 << VIRTIO_F_RING_PACKED;
+    /// Requests given back in the order in which they were submitted.
+    pub const IN_ORDER: u64 = 1 << VIRTIO_F_IN_ORDER;
 }
 
 impl Default for BlockOptions {
-    /// All features, all queues of up to 256 entries, posted notifications, interrupts, chains of up
+    /// [`FEATURES`](Self::FEATURES), all queues of up to 256 entries, posted notifications, interrupts, chains of up
     /// to 8 segments in indirect tables, and 256 KiB to copy through.
     fn default() -> BlockOptions {
         BlockOptions {
@@ -115,7 +119,7 @@ impl BlockDriver {
             // Vector 0 tells of the configuration, the others of one queue each.
             let vector = if interrupt.is_some() { index + 1 } else { NO_VECTOR };
             let ring = driver.ring(index, memory, options)?;
-            driver.transport.enable_queue(index, ring.memory(), vector)?;
+            driver.transport.enable_queue(index, ring.size(), ring.areas(), vector)?;
             let doorbell = driver.transport.doorbell(index, options.notify)?;
             let bounce = memory.allocate(options.bounce_size, 4096)?;
             queues.push(BlockQueue::new(memory, ring, doorbell, interrupt, bounce, limits)?);
@@ -182,7 +186,7 @@ impl BlockDriver {
         self.transport.reset_queue(index)?;
         queue.ring_mut().restart();
         let vector = if queue.interrupt().is_some() { index + 1 } else { NO_VECTOR };
-        self.transport.enable_queue(index, queue.ring_mut().memory(), vector)
+        self.transport.enable_queue(index, queue.ring().size(), queue.ring().areas(), vector)
     }
 
     /// Attaches an eventfd to a vector for the configuration and one for each queue.
@@ -203,11 +207,18 @@ impl BlockDriver {
         Ok(interrupts)
     }
 
-    fn ring(&self, index: u16, memory: &GuestMemory, options: &BlockOptions) -> Result<SplitDriver, Error> {
+    fn ring(&self, index: u16, memory: &GuestMemory, options: &BlockOptions) -> Result<Ring, Error> {
         let size = self.transport.max_queue_size(index)?.min(options.queue_size);
         let indirect = self.has_feature(VIRTIO_RING_F_INDIRECT_DESC);
         let indirect_entries = if indirect { options.indirect_entries } else { 0 };
         let event_idx = self.has_feature(VIRTIO_RING_F_EVENT_IDX);
-        SplitDriver::new(memory, size, event_idx, indirect_entries)
+        let in_order = self.has_feature(VIRTIO_F_IN_ORDER);
+        Ok(if self.has_feature(VIRTIO_F_RING_PACKED) {
+            let driver = PackedDriver::new(memory, size, event_idx, indirect_entries)?;
+            if in_order { driver.in_order() } else { driver }.into()
+        } else {
+            let driver = SplitDriver::new(memory, size, event_idx, indirect_entries)?;
+            if in_order { driver.in_order() } else { driver }.into()
+        })
     }
 }

@@ -8,7 +8,7 @@
 //! - [`GuestMemory`]: memory shared with the device, and [`Buffer`]s in it.
 //! - [`PciCapabilities`] and [`VirtioPci`]: the windows of a virtio PCI function, its registers and
 //!   its life cycle.
-//! - [`SplitDriver`]: the driver's side of a split virtqueue.
+//! - [`SplitDriver`] and [`PackedDriver`]: the driver's side of a virtqueue; [`Ring`]: one of them.
 //! - [`BlockDriver`] and [`BlockQueue`]: a block device, one queue a thread.
 //!
 //! ```no_run
@@ -35,9 +35,13 @@ mod capabilities;
 mod client;
 mod doorbell;
 mod error;
+mod in_flight;
+mod indirect;
 mod mapping;
 mod memory;
+mod packed;
 mod registers;
+mod ring;
 mod split;
 mod transport;
 
@@ -49,8 +53,11 @@ pub use capabilities::{MsixCapability, PciCapabilities, Window};
 pub use client::{Client, RawMessage};
 pub use doorbell::{Doorbell, NotifyMethod};
 pub use error::Error;
+pub use in_flight::Used;
 pub use mapping::{Atomic, SharedSlice};
 pub use memory::{Buffer, GuestMemory};
+pub use packed::{EventSuppression, PackedDescriptor, PackedDriver, PackedMemory};
 pub use registers::CommonRegister;
-pub use split::{Descriptor, Segment, SplitDriver, SplitMemory, Used};
+pub use ring::Ring;
+pub use split::{Descriptor, Segment, SplitDriver, SplitMemory};
 pub use transport::{NO_VECTOR, VirtioPci};

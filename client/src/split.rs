@@ -6,9 +6,10 @@ use virtio_bindings::virtio_ring::{
     VRING_AVAIL_F_NO_INTERRUPT, VRING_DESC_F_INDIRECT, VRING_DESC_F_NEXT, VRING_DESC_F_WRITE, VRING_USED_F_NO_NOTIFY,
 };
 
-use crate::{Error, GuestMemory, SharedSlice};
+use crate::in_flight::InFlight;
+use crate::indirect::{DESCRIPTOR_SIZE, IndirectTables, store_descriptor};
+use crate::{Error, GuestMemory, SharedSlice, Used};
 
-const DESCRIPTOR_SIZE: usize = 16;
 const NEXT: u16 = VRING_DESC_F_NEXT as u16;
 const WRITE: u16 = VRING_DESC_F_WRITE as u16;
 const INDIRECT: u16 = VRING_DESC_F_INDIRECT as u16;
@@ -47,15 +48,6 @@ impl Descriptor {
     fn from_words([addr, rest]: [u64; 2]) -> Descriptor {
         let rest = u64::from_le(rest);
         Descriptor { addr: u64::from_le(addr), len: rest as u32, flags: (rest >> 32) as u16, next: (rest >> 48) as u16 }
-    }
-}
-
-fn store_descriptor(table: &[AtomicU64], index: usize, descriptor: Descriptor) {
-    for (field, word) in table[2 * index..].iter().zip(descriptor.to_words()) {
-        // What is there already is not written again: the device keeps its copy of the cache line.
-        if field.load(Ordering::Relaxed) != word {
-            field.store(word, Ordering::Relaxed);
-        }
     }
 }
 
@@ -129,7 +121,7 @@ impl SplitMemory {
 
     /// Writes a descriptor.
     pub fn set_descriptor(&self, index: u16, descriptor: Descriptor) {
-        store_descriptor(&self.descriptors, self.slot(index), descriptor);
+        store_descriptor(&self.descriptors, self.slot(index), descriptor.to_words());
     }
 
     /// Reads `avail.flags`.
@@ -229,23 +221,6 @@ fn set(field: &AtomicU16, value: u16, ordering: Ordering) {
     field.store(value.to_le(), ordering);
 }
 
-/// What the device gave back.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Used {
-    /// The head of the chain.
-    pub head: u16,
-    /// How many bytes the device says it wrote.
-    pub written: u32,
-}
-
-/// The tables of indirect descriptors, one for each head.
-struct IndirectTables {
-    descriptors: SharedSlice<AtomicU64>,
-    iova: u64,
-    /// Entries of one table.
-    entries: usize,
-}
-
 /// The driver of a split virtqueue.
 ///
 /// Chains are added one by one and become visible together with [`publish`](SplitDriver::publish).
@@ -255,13 +230,10 @@ pub struct SplitDriver {
     memory: SplitMemory,
     event_idx: bool,
     indirect: Option<IndirectTables>,
-    /// Free descriptors; the last is the next head.
-    free: Vec<u16>,
+    free: Free,
     /// For each descriptor of a chain, the one behind it.
     next: Vec<u16>,
-    /// For each head in flight, the descriptors of its chain; 0 for all others.
-    chain_len: Vec<u16>,
-    in_flight: u16,
+    in_flight: InFlight,
     /// Where the next chain goes in the available ring.
     avail_idx: u16,
     /// `avail_idx` of the last `publish`.
@@ -270,6 +242,53 @@ pub struct SplitDriver {
     used_idx: u16,
     /// `used.idx` when last read.
     used_seen: u16,
+}
+
+/// The free descriptors.
+enum Free {
+    /// The last is the next head: its cache line is still at hand.
+    Stack(Vec<u16>),
+    /// `count` from `next` on: who gives back in order is given in order (section 2.7.5.3.1).
+    Ring { next: u16, count: u16, size: u16 },
+}
+
+impl Free {
+    fn all(size: u16, in_order: bool) -> Free {
+        if in_order { Free::Ring { next: 0, count: size, size } } else { Free::Stack((0..size).rev().collect()) }
+    }
+
+    fn count(&self) -> usize {
+        match self {
+            Free::Stack(free) => free.len(),
+            Free::Ring { count, .. } => usize::from(*count),
+        }
+    }
+
+    fn peek(&self) -> Option<u16> {
+        match self {
+            Free::Stack(free) => free.last().copied(),
+            Free::Ring { next, count, .. } => (*count > 0).then_some(*next),
+        }
+    }
+
+    fn pop(&mut self) -> Option<u16> {
+        match self {
+            Free::Stack(free) => free.pop(),
+            Free::Ring { next, count, size } => {
+                *count = count.checked_sub(1)?;
+                let first = *next;
+                *next = if first + 1 < *size { first + 1 } else { 0 };
+                Some(first)
+            }
+        }
+    }
+
+    fn push(&mut self, descriptor: u16) {
+        match self {
+            Free::Stack(free) => free.push(descriptor),
+            Free::Ring { count, .. } => *count += 1,
+        }
+    }
 }
 
 impl SplitDriver {
@@ -282,22 +301,13 @@ impl SplitDriver {
     pub fn new(memory: &GuestMemory, size: u16, event_idx: bool, indirect_entries: u16) -> Result<SplitDriver, Error> {
         let rings = SplitMemory::allocate(memory, size)?;
         let count = usize::from(size);
-        let indirect = if indirect_entries > 0 {
-            let entries = usize::from(indirect_entries);
-            let tables = memory.allocate(DESCRIPTOR_SIZE * entries * count, 16)?;
-            let descriptors = tables.fields(0, 2 * entries * count)?;
-            Some(IndirectTables { descriptors, iova: tables.iova(), entries })
-        } else {
-            None
-        };
         let mut driver = SplitDriver {
             memory: rings,
             event_idx,
-            indirect,
-            free: Vec::with_capacity(count),
+            indirect: IndirectTables::new(memory, indirect_entries, count)?,
+            free: Free::all(size, false),
             next: vec![0; count],
-            chain_len: vec![0; count],
-            in_flight: 0,
+            in_flight: InFlight::new(size),
             avail_idx: 0,
             published_idx: 0,
             used_idx: 0,
@@ -307,13 +317,19 @@ impl SplitDriver {
         Ok(driver)
     }
 
+    /// The same for a device that gives back in order (`VIRTIO_F_IN_ORDER`).
+    #[must_use]
+    pub fn in_order(mut self) -> SplitDriver {
+        self.in_flight.in_order();
+        self.restart();
+        self
+    }
+
     /// Forgets all that is in flight and zeroes the memory: after a reset of the queue or the device.
     pub fn restart(&mut self) {
         self.memory.clear();
-        self.free.clear();
-        self.free.extend((0..self.memory.size()).rev());
-        self.chain_len.fill(0);
-        self.in_flight = 0;
+        self.free = Free::all(self.memory.size(), self.in_flight.is_in_order());
+        self.in_flight.clear();
         (self.avail_idx, self.published_idx, self.used_idx, self.used_seen) = (0, 0, 0, 0);
     }
 
@@ -324,12 +340,12 @@ impl SplitDriver {
 
     /// How many chains the device has and has not given back.
     pub fn in_flight(&self) -> u16 {
-        self.in_flight
+        self.in_flight.count()
     }
 
     /// The head that the next chain will have; `None` when no descriptor is free.
     pub fn next_head(&self) -> Option<u16> {
-        self.free.last().copied()
+        self.free.peek()
     }
 
     /// Adds a chain and gives its head: first what the device reads, then what it writes
@@ -339,29 +355,22 @@ impl SplitDriver {
         let chain = readable.iter().zip(std::iter::repeat(0));
         let chain = chain.chain(writable.iter().zip(std::iter::repeat(WRITE)));
         let head = self.next_head()?;
-        match &self.indirect {
-            Some(tables) if (2..=tables.entries).contains(&count) => {
+        let chain_len = match &self.indirect {
+            Some(tables) if tables.takes(count) => {
                 self.free.pop();
-                let first = usize::from(head) * tables.entries;
                 for (index, (segment, write)) in chain.enumerate() {
                     let last = index + 1 == count;
                     // A table has at most 65535 entries: so many fit `indirect_entries`.
                     let (flags, next) = if last { (write, 0) } else { (write | NEXT, index as u16 + 1) };
                     let Segment { iova: addr, len } = *segment;
-                    let descriptor = Descriptor { addr, len, flags, next };
-                    store_descriptor(&tables.descriptors, first + index, descriptor);
+                    tables.store(head, index, Descriptor { addr, len, flags, next }.to_words());
                 }
-                let descriptor = Descriptor {
-                    addr: tables.iova + (first * DESCRIPTOR_SIZE) as u64,
-                    len: (count * DESCRIPTOR_SIZE) as u32,
-                    flags: INDIRECT,
-                    next: 0,
-                };
-                self.memory.set_descriptor(head, descriptor);
-                self.chain_len[usize::from(head)] = 1;
+                let (addr, len) = tables.area(head, count);
+                self.memory.set_descriptor(head, Descriptor { addr, len, flags: INDIRECT, next: 0 });
+                1
             }
             _ => {
-                if count == 0 || count > self.free.len() {
+                if count == 0 || count > self.free.count() {
                     return None;
                 }
                 for (index, (segment, write)) in chain.enumerate() {
@@ -374,10 +383,10 @@ impl SplitDriver {
                     self.next[usize::from(this)] = next;
                 }
                 // No more than the queue has entries.
-                self.chain_len[usize::from(head)] = count as u16;
+                count as u16
             }
-        }
-        self.in_flight += 1;
+        };
+        self.in_flight.add(head, chain_len, writable);
         self.memory.set_avail_entry(self.avail_idx, head);
         self.avail_idx = self.avail_idx.wrapping_add(1);
         Some(head)
@@ -410,40 +419,36 @@ impl SplitDriver {
     /// [`Error::Device`] when the device gives back what it does not have; the queue is then of no
     /// further use.
     pub fn take(&mut self) -> Result<Option<Used>, Error> {
-        if self.used_seen == self.used_idx {
-            self.used_seen = self.memory.used_idx();
-            let new = self.used_seen.wrapping_sub(self.used_idx);
-            if new == 0 {
-                return Ok(None);
+        let (used, chain_len) = match self.in_flight.next_of_batch() {
+            Some(next) => next,
+            None => {
+                if self.used_seen == self.used_idx {
+                    self.used_seen = self.memory.used_idx();
+                    let new = self.used_seen.wrapping_sub(self.used_idx);
+                    if new == 0 {
+                        return Ok(None);
+                    }
+                    if new > self.in_flight() {
+                        self.used_seen = self.used_idx;
+                        return Err(Error::Device("it gives back more chains than it has"));
+                    }
+                }
+                let (id, written) = self.memory.used_entry(self.used_idx);
+                self.in_flight.take(id, written)?
             }
-            if new > self.in_flight {
-                self.used_seen = self.used_idx;
-                return Err(Error::Device("it gives back more chains than it has"));
-            }
-        }
-        let (id, written) = self.memory.used_entry(self.used_idx);
-        let head = u16::try_from(id)
-            .ok()
-            .filter(|head| self.chain_len.get(usize::from(*head)).is_some_and(|chain_len| *chain_len > 0));
-        let head = head.ok_or(Error::Device("it gives back a chain that it does not have"))?;
-        self.release(head);
-        self.used_idx = self.used_idx.wrapping_add(1);
-        Ok(Some(Used { head, written }))
-    }
-
-    fn release(&mut self, head: u16) {
-        let chain_len = std::mem::take(&mut self.chain_len[usize::from(head)]);
-        let mut descriptor = head;
+        };
+        let mut descriptor = used.head;
         for _ in 0..chain_len {
             self.free.push(descriptor);
             descriptor = self.next[usize::from(descriptor)];
         }
-        self.in_flight -= 1;
+        self.used_idx = self.used_idx.wrapping_add(1);
+        Ok(Some(used))
     }
 
     /// Whether a chain can be taken.
     pub fn has_used(&self) -> bool {
-        self.memory.used_idx() != self.used_idx
+        self.in_flight.is_in_batch() || self.memory.used_idx() != self.used_idx
     }
 
     /// Asks the device for no interrupts. It may send one all the same.

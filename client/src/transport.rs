@@ -15,7 +15,7 @@ use virtio_bindings::virtio_config::{
 
 use crate::mapping::Mapping;
 use crate::registers::CommonRegister::{self, *};
-use crate::{Client, Doorbell, Error, NotifyMethod, PciCapabilities, SplitMemory, Window};
+use crate::{Client, Doorbell, Error, NotifyMethod, PciCapabilities, Window};
 
 /// No interrupt for this event (`VIRTIO_MSI_NO_VECTOR`).
 pub const NO_VECTOR: u16 = 0xffff;
@@ -176,15 +176,15 @@ impl VirtioPci {
         self.read_common(QueueSize).map(|size| size as u16)
     }
 
-    /// Sets up a queue and enables it (section 4.1.5.1.3). `vector` is its MSI-X vector or
-    /// [`NO_VECTOR`].
+    /// Sets up a queue of `size` entries and enables it (section 4.1.5.1.3). `areas` are the addresses for `queue_desc`,
+    /// `queue_driver` and `queue_device`, `vector` its MSI-X vector or [`NO_VECTOR`].
     ///
     /// # Errors
     /// [`Error::Device`] when the device has no such vector, and those of the connection.
-    pub fn enable_queue(&self, queue: u16, memory: &SplitMemory, vector: u16) -> Result<(), Error> {
+    pub fn enable_queue(&self, queue: u16, size: u16, areas: [u64; 3], vector: u16) -> Result<(), Error> {
         self.write_common(QueueSelect, queue.into())?;
-        self.write_common(QueueSize, memory.size().into())?;
-        let [descriptors, driver, device] = memory.areas();
+        self.write_common(QueueSize, size.into())?;
+        let [descriptors, driver, device] = areas;
         self.write_common(QueueDesc, descriptors)?;
         self.write_common(QueueDriver, driver)?;
         self.write_common(QueueDevice, device)?;

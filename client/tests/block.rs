@@ -336,7 +336,7 @@ fn many_requests_in_flight_complete_with_their_tags() {
     let (client, memory, _thread) = device(FEATURES);
     let (_driver, mut queues) = BlockDriver::start(client, &memory, &BlockOptions::default()).unwrap();
     let queue = &mut queues[1];
-    let size = usize::from(queue.ring().memory().size());
+    let size = usize::from(queue.ring().size());
     let data = memory.allocate(512 * size, 512).unwrap();
     let mut sector_of = vec![None; size];
     for round in 0..5000u64 {

@@ -7,17 +7,19 @@ use std::{io, mem};
 
 use pci::Interrupt;
 use virtio::block::{InFlight, Limits, Operation, Pending, Request, SECTOR, SharedConfig, Status, parse};
-use virtio::memory::{GuestMemory, MappedRing, PinnedBuffers, RingMapError};
-use virtio::queue::{Armed, Head, Popped, QueueState, Signal, SplitQueue};
+use virtio::memory::{GuestMemory, MappedPackedRing, MappedQueue, MappedRing, PinnedBuffers, RingMapError};
+use virtio::queue::{Armed, Head, PackedQueue, Popped, QueueState, Signal, SplitQueue, Virtqueue, Written};
 
 use crate::backend::{Backend, Completion, Full, Io, Op, Store};
 use crate::device::{QueueParts, QueuePlace, QueueService, StartError};
 use crate::session::Events;
-use crate::worker::{QueueTask, Round, TaskBuilder};
+use crate::worker::{QueueTask, Round, Share, TaskBuilder};
 
 /// Requests that are taken off the ring together, before the first of them is looked into: while one is worked on, the
 /// memory of the next is on its way.
 const BATCH: usize = 8;
+/// Requests of one round where other queues wait for theirs.
+const SHARED_ROUND: usize = 4;
 
 /// Makes the tasks of one device's queues.
 pub(crate) struct BlockService {
@@ -33,9 +35,27 @@ impl BlockService {
 
 impl QueueService for BlockService {
     fn task(&self, parts: QueueParts) -> Result<TaskBuilder, StartError> {
+        if parts.place.packed {
+            self.task_over::<PackedQueue<MappedPackedRing>>(parts)
+        } else {
+            self.task_over::<SplitQueue<MappedRing>>(parts)
+        }
+    }
+
+    fn flush(&self) -> io::Result<()> {
+        self.store.flush()
+    }
+}
+
+impl BlockService {
+    /// The task that serves a queue of this format: code of its own for each, so that no request asks which it is.
+    fn task_over<Q>(&self, parts: QueueParts) -> Result<TaskBuilder, StartError>
+    where
+        Q: Virtqueue<Memory: MappedQueue> + Send + 'static,
+    {
         let QueueParts { index, place, features, state, mut memory, interrupt, events } = parts;
-        let ring = MappedRing::new(&mut memory, place.addresses, place.size)?;
-        let queue = SplitQueue::new(ring, features, state);
+        let ring = Q::Memory::map(&mut memory, place.addresses, place.size)?;
+        let queue = Q::new(ring, features, state.unwrap_or(Q::START));
         let (store, config) = (Arc::clone(&self.store), Arc::clone(&self.config));
         Ok(Box::new(move |ring| {
             let backend = store.attach(ring)?;
@@ -59,27 +79,23 @@ impl QueueService for BlockService {
             }))
         }))
     }
-
-    fn flush(&self) -> io::Result<()> {
-        self.store.flush()
-    }
 }
 
 /// A queue's memory, which the client may take away and give back while the queue runs: firmware remaps pieces of
 /// its RAM under a live disk.
-enum Ring {
-    Mapped(SplitQueue<MappedRing>),
+enum Ring<Q: Virtqueue> {
+    Mapped(Q),
     /// Where it stood, and what has completed since and could not be given back.
-    Lost(SplitQueue<()>, Vec<(Head, u32)>),
+    Lost(Q::Parked, Vec<(Head, Written)>),
     /// Only while it changes from one to the other.
     Changing,
 }
 
 /// One request queue.
-struct BlockQueue {
+struct BlockQueue<Q: Virtqueue> {
     index: u16,
     place: QueuePlace,
-    queue: Ring,
+    queue: Ring<Q>,
     memory: GuestMemory,
     /// Requests that were taken off the ring just now.
     batch: Vec<(Popped, Box<Io>)>,
@@ -101,8 +117,8 @@ struct BlockQueue {
     warned_blank: bool,
 }
 
-impl BlockQueue {
-    fn take_requests(&mut self) -> Round {
+impl<Q: Virtqueue<Memory: MappedQueue>> BlockQueue<Q> {
+    fn take_requests(&mut self, share: Share) -> Round {
         let mut round = Round::Nothing;
         while let Some(io) = self.stalled.pop_front() {
             if let Err(Full(io)) = self.backend.submit(io) {
@@ -112,15 +128,17 @@ impl BlockQueue {
             round = Round::Progress;
         }
         // A round takes no more than a queue's size, however fast the driver adds.
-        for _ in 0..usize::from(self.place.size).div_ceil(BATCH) {
-            if !self.accepting || !self.stalled.is_empty() {
-                break;
-            }
-            self.fill_batch();
+        let mut left = match share {
+            Share::Whole => usize::from(self.place.size),
+            Share::Part => SHARED_ROUND,
+        };
+        while left > 0 && self.accepting && self.stalled.is_empty() {
+            self.fill_batch(left.min(BATCH));
             if self.batch.is_empty() {
                 break;
             }
             round = Round::Progress;
+            left = left.saturating_sub(self.batch.len());
             let limits = self.config.limits();
             let mut batch = mem::take(&mut self.batch);
             for (popped, io) in batch.drain(..) {
@@ -133,21 +151,21 @@ impl BlockQueue {
         round
     }
 
-    /// Takes some requests off the ring, and asks for the memory that will be looked at first: that of all of them is on
-    /// its way at the same time.
+    /// Takes some requests off the ring, `most` of them, and asks for the memory that will be looked at first: that of all
+    /// of them is on its way at the same time.
     #[inline]
-    fn fill_batch(&mut self) {
-        while self.batch.len() < BATCH {
+    fn fill_batch(&mut self, most: usize) {
+        while self.batch.len() < most && matches!(self.queue, Ring::Mapped(_)) {
             let mut io = self.spare.pop().unwrap_or_else(|| self.another());
             let Ring::Mapped(queue) = &mut self.queue else { return };
             match queue.pop(&mut self.memory, &mut io.buffers) {
                 Ok(Some(popped)) => self.batch.push((popped, io)),
-                Ok(None) => {
+                nothing => {
+                    io.buffers.clear();
                     self.spare.push(io);
-                    break;
-                }
-                Err(error) => {
-                    self.fault(&error);
+                    if let Err(error) = nothing {
+                        self.fault(&error);
+                    }
                     break;
                 }
             }
@@ -170,9 +188,16 @@ impl BlockQueue {
     fn start(&mut self, head: Head, mut io: Box<Io>, limits: &Limits) {
         match parse(&mut io.buffers, limits) {
             Ok(Request::Store { operation, written }) => {
-                io.op = match operation {
-                    Operation::Read { sector } => Op::Read { offset: sector * SECTOR },
-                    operation => self.change(operation),
+                let written = match operation {
+                    Operation::Read { sector } => {
+                        io.op = Op::Read { offset: sector * SECTOR };
+                        Written::All(written)
+                    }
+                    operation => {
+                        io.op = self.change(operation);
+                        // The status, and nothing of what else it might be allowed to write.
+                        if io.buffers.has_writable_data() { Written::First(written) } else { Written::All(written) }
+                    }
                 };
                 self.in_flight.insert(io.token, Pending { head, written });
                 self.submit(io);
@@ -185,7 +210,7 @@ impl BlockQueue {
     /// Gives back a request that has not come to the store.
     #[cold]
     fn answer(&mut self, head: Head, io: Box<Io>, status: Status, written: u32) {
-        self.finish(head, io, status, written);
+        self.finish(head, io, status, Written::First(written));
     }
 
     /// An operation more.
@@ -249,7 +274,7 @@ impl BlockQueue {
     }
 
     #[inline(always)]
-    fn finish(&mut self, head: Head, mut io: Box<Io>, status: Status, written: u32) {
+    fn finish(&mut self, head: Head, mut io: Box<Io>, status: Status, written: Written) {
         io.buffers.write_trailer(status as u8);
         io.buffers.clear();
         self.spare.push(io);
@@ -261,9 +286,9 @@ impl BlockQueue {
     }
 
     /// The ring in guest memory as it is now.
-    fn map_ring(&mut self) -> Result<MappedRing, RingMapError> {
+    fn map_ring(&mut self) -> Result<Q::Memory, RingMapError> {
         self.memory.refresh();
-        MappedRing::new(&mut self.memory, self.place.addresses, self.place.size)
+        Q::Memory::map(&mut self.memory, self.place.addresses, self.place.size)
     }
 
     /// The driver broke the rules: nothing more is taken from this queue until the device is reset.
@@ -276,14 +301,14 @@ impl BlockQueue {
 /// What a driver is told of a request that has failed, and how many bytes of it have been written for sure: those of a
 /// read, which come before the status, have not.
 #[cold]
-fn failure(error: &io::Error, op: Op, written: u32) -> (Status, u32) {
+fn failure(error: &io::Error, op: Op, written: Written) -> (Status, Written) {
     let status = if error.kind() == io::ErrorKind::Unsupported { Status::Unsupp } else { Status::IoErr };
-    (status, if matches!(op, Op::Read { .. }) { 0 } else { written })
+    (status, if matches!(op, Op::Read { .. }) { Written::First(0) } else { written })
 }
 
-impl QueueTask for BlockQueue {
-    fn run(&mut self) -> Round {
-        let taken = self.take_requests();
+impl<Q: Virtqueue<Memory: MappedQueue>> QueueTask for BlockQueue<Q> {
+    fn run(&mut self, share: Share) -> Round {
+        let taken = self.take_requests(share);
         let given = self.give_back();
         if taken == Round::Progress { taken } else { given }
     }
@@ -297,7 +322,7 @@ impl QueueTask for BlockQueue {
 
     fn kicked(&mut self) {
         let Ring::Mapped(queue) = &self.queue else { return };
-        if !self.warned_blank && queue.state() == QueueState::default() && queue.memory().is_blank() {
+        if !self.warned_blank && queue.state() == Q::START && queue.memory().is_blank() {
             self.warned_blank = true;
             self.events.blank_ring(self.index);
         }
@@ -310,13 +335,13 @@ impl QueueTask for BlockQueue {
             self.map_ring()
         });
         let (parked, completed) = match mem::replace(&mut self.queue, Ring::Changing) {
-            Ring::Mapped(queue) => (queue.with_memory(()), Vec::new()),
+            Ring::Mapped(queue) => (queue.park(), Vec::new()),
             Ring::Lost(queue, completed) => (queue, completed),
             Ring::Changing => return,
         };
         self.queue = match ring {
             Ok(ring) => {
-                let mut queue = parked.with_memory(ring);
+                let mut queue = Q::resume(parked, ring);
                 for (head, written) in completed {
                     queue.complete(head, written);
                 }
@@ -340,8 +365,12 @@ impl QueueTask for BlockQueue {
     fn state(&self) -> QueueState {
         match &self.queue {
             Ring::Mapped(queue) => queue.state(),
-            Ring::Lost(queue, _) => queue.state(),
+            Ring::Lost(parked, _) => Q::parked_state(parked),
             Ring::Changing => QueueState::default(),
         }
+    }
+
+    fn give_up(&mut self, why: &str) {
+        self.events.fault(self.index, why.to_owned());
     }
 }

@@ -8,7 +8,7 @@ use virtio::memory::{GuestMemory, RingAddresses, RingMapError};
 use virtio::queue::{QueueState, RingFeatures};
 use virtio::transport::VirtioPci;
 
-use crate::config::PollPolicy;
+use crate::config::{ClientLimits, NumberList, PollPolicy};
 use crate::doorbell_page::DoorbellPage;
 use crate::session::Events;
 use crate::worker::TaskBuilder;
@@ -21,8 +21,12 @@ pub(crate) struct Device {
     pub(crate) service: Box<dyn QueueService>,
     /// How workers wait for its requests.
     pub(crate) poll: PollPolicy,
+    /// Which workers serve its queues, the first queue's the first; any if it is not said.
+    pub(crate) queue_workers: Option<NumberList>,
     /// Where clients may write their kicks in place of sending them; only if its workers never sleep.
     pub(crate) doorbell_page: Option<DoorbellPage>,
+    /// What a client may take.
+    pub(crate) limits: ClientLimits,
 }
 
 /// What a kind of device adds to the data path.
@@ -40,11 +44,13 @@ pub(crate) trait QueueService: Send {
     fn flush(&self) -> io::Result<()>;
 }
 
-/// Where the driver has put a queue, and its size.
+/// Where the driver has put a queue, and what it looks like there.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct QueuePlace {
     pub(crate) size: u16,
     pub(crate) addresses: RingAddresses,
+    /// Its format, `VIRTIO_F_RING_PACKED` (virtio 1.3 §2.8).
+    pub(crate) packed: bool,
 }
 
 /// What a queue's task is made of.
@@ -52,7 +58,8 @@ pub(crate) struct QueueParts {
     pub(crate) index: u16,
     pub(crate) place: QueuePlace,
     pub(crate) features: RingFeatures,
-    pub(crate) state: QueueState,
+    /// Where it stood when it was stopped; `None` if it is new.
+    pub(crate) state: Option<QueueState>,
     pub(crate) memory: GuestMemory,
     pub(crate) interrupt: Arc<dyn Interrupt>,
     pub(crate) events: Arc<Events>,

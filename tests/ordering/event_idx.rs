@@ -8,10 +8,10 @@ mod rig;
 use std::thread;
 
 use client::Segment;
-use rig::{BASE, Rig, pop};
+use rig::{BASE, Format, Packed, Rig, Split, pop};
 use virtio::memory::PinnedBuffers;
-use virtio::queue::Signal;
-use virtio::queue::event_idx::passed;
+use virtio::queue::event_idx::{passed, passed_in_ring};
+use virtio::queue::{Position, Signal};
 
 /// One event, one `old`, and every `new`: the walk visits each.
 fn check_all_new(event: u16, old: u16) {
@@ -58,8 +58,50 @@ fn a_whole_turn_passes_nothing() {
     }
 }
 
+/// All positions of a packed ring.
+fn positions(size: u16) -> impl Iterator<Item = Position> {
+    (0..size).flat_map(|index| [index | 1 << 15, index]).map(Position::from_bits)
+}
+
+/// One event, one `old`, and every `new` that a side can get to in one decision: the walk visits each.
+fn check_ring(event: Position, old: Position, size: u16) {
+    let (mut new, mut walked_by) = (old, false);
+    for distance in 0..=size {
+        let answer = passed_in_ring(event, new, old, size);
+        assert_eq!(answer, walked_by, "event {event:?}, old {old:?}, {distance} on in a ring of {size}");
+        walked_by |= new == event;
+        // Step by step, by the definition of the wrap counter (§2.8.1).
+        let last = new.index() + 1 == size;
+        let (index, wrap) = if last { (0, !new.wrap()) } else { (new.index() + 1, new.wrap()) };
+        new = Position::from_bits(index | u16::from(wrap) << 15);
+    }
+}
+
+#[test]
+fn every_event_and_every_position_of_small_rings() {
+    for size in 1..=12 {
+        for old in positions(size) {
+            positions(size).for_each(|event| check_ring(event, old, size));
+            // Not in the ring: nobody passes it.
+            for event in [size, size | 1 << 15, 0x7fff, 0xffff] {
+                check_ring(Position::from_bits(event), old, size);
+            }
+        }
+    }
+}
+
+#[test]
+fn events_near_the_ends_of_large_rings() {
+    for size in [255, 256, 1000, 32767, 32768] {
+        let ends = || positions(size).filter(|at| at.index() < 2 || at.index() + 2 >= size || at.index() == size / 2);
+        for old in ends() {
+            ends().for_each(|event| check_ring(event, old, size));
+        }
+    }
+}
+
 /// One request there and back.
-fn complete_one(rig: &mut Rig) -> Signal {
+fn complete_one<Q: Format>(rig: &mut Rig<Q>) -> Signal {
     rig.driver.add(&[Segment { iova: BASE, len: 1 }], &[]).unwrap();
     let _kick = rig.driver.publish();
     let head = pop(&mut rig.queue, &mut rig.memory, &mut PinnedBuffers::default()).unwrap().unwrap();
@@ -71,11 +113,10 @@ fn complete_one(rig: &mut Rig) -> Signal {
 
 /// The decisions that said no move the index of the last decision too: were it left behind, then after a whole turn
 /// the next completion would look like none.
-#[test]
-fn a_turn_of_completions_without_a_signal_does_not_hide_the_next() {
+fn a_turn_of_completions_without_a_signal<Q: Format>() {
     for event_idx in [true, false] {
-        for silent in (0..4).chain(65_533..65_540).chain(131_071..131_074) {
-            let mut rig = Rig::new(4, event_idx, 0);
+        for silent in (0..10).chain(65_533..65_540).chain(131_071..131_074) {
+            let mut rig = Rig::<Q>::new(4, event_idx, 0, false);
             for n in 0..silent {
                 rig.driver.disable_interrupts();
                 assert_eq!(complete_one(&mut rig), Signal::Suppressed, "completion {n} of {silent}");
@@ -87,16 +128,35 @@ fn a_turn_of_completions_without_a_signal_does_not_hide_the_next() {
     }
 }
 
-/// The same, where the driver asks for each completion and hears of each, over two turns.
 #[test]
-fn each_completion_that_is_asked_for_is_signalled_and_no_other() {
-    let mut rig = Rig::new(4, true, 0);
+fn a_turn_of_completions_without_a_signal_does_not_hide_the_next() {
+    a_turn_of_completions_without_a_signal::<Split>();
+}
+
+#[test]
+fn a_turn_of_completions_without_a_signal_does_not_hide_the_next_in_a_packed_ring() {
+    a_turn_of_completions_without_a_signal::<Packed>();
+}
+
+/// The same, where the driver asks for each third completion and hears of each, over two turns.
+fn each_completion_that_is_asked_for<Q: Format>(size: u16) {
+    let mut rig = Rig::<Q>::new(size, true, 0, false);
     for n in 0..140_000u32 {
         let asked = n % 3 == 0;
         if asked {
             assert!(!rig.driver.enable_interrupts());
+        } else {
+            rig.driver.disable_interrupts();
         }
         let expected = if asked { Signal::Needed } else { Signal::Suppressed };
         assert_eq!(complete_one(&mut rig), expected, "completion {n}");
+    }
+}
+
+#[test]
+fn each_completion_that_is_asked_for_is_signalled_and_no_other() {
+    each_completion_that_is_asked_for::<Split>(4);
+    for size in [1, 3, 4, 256] {
+        each_completion_that_is_asked_for::<Packed>(size);
     }
 }

@@ -22,13 +22,13 @@ mod rig;
 
 use std::fs::File;
 
-use client::{Segment, SplitDriver};
+use client::{Ring, Segment};
 use nix::libc::iovec;
 use proptest::collection::vec;
 use proptest::prelude::*;
-use rig::{BASE, LEN, Rig, pop};
+use rig::{BASE, Format, LEN, Rig, Split, pop};
 use virtio::memory::PinnedBuffers;
-use virtio::queue::{Armed, Head, QueueError, Signal};
+use virtio::queue::{Armed, Head, QueueError, Signal, Virtqueue};
 use virtio_queue::{Queue, QueueT};
 use vm_memory::{FileOffset, GuestAddress, GuestMemoryMmap};
 
@@ -75,17 +75,17 @@ fn step() -> impl Strategy<Value = Step> {
 struct Theirs {
     queue: Queue,
     memory: GuestMemoryMmap,
-    driver: SplitDriver,
+    driver: Ring,
 }
 
 impl Theirs {
     fn new(event_idx: bool, indirect: u16) -> Self {
         let guest = client::GuestMemory::new(LEN, BASE).unwrap();
-        let driver = SplitDriver::new(&guest, SIZE, event_idx, indirect).unwrap();
+        let driver = Split::driver(&guest, SIZE, event_idx, indirect, false);
         let file = FileOffset::new(File::from(guest.fd().try_clone_to_owned().unwrap()), 0);
         let memory = GuestMemoryMmap::from_ranges_with_files([(GuestAddress(BASE), LEN, Some(file))]).unwrap();
         let mut queue = Queue::new(SIZE).unwrap();
-        let [desc, avail, used] = driver.memory().areas().map(|area| (Some(area as u32), Some((area >> 32) as u32)));
+        let [desc, avail, used] = driver.areas().map(|area| (Some(area as u32), Some((area >> 32) as u32)));
         queue.set_desc_table_address(desc.0, desc.1);
         queue.set_avail_ring_address(avail.0, avail.1);
         queue.set_used_ring_address(used.0, used.1);
@@ -98,7 +98,7 @@ impl Theirs {
 
 /// Both, in step.
 struct Pair {
-    ours: Rig,
+    ours: Rig<Split>,
     theirs: Theirs,
     buffers: PinnedBuffers,
     event_idx: bool,
@@ -113,7 +113,7 @@ struct Pair {
 
 impl Pair {
     fn new(event_idx: bool, indirect: u16) -> Self {
-        let (ours, theirs) = (Rig::new(SIZE, event_idx, indirect), Theirs::new(event_idx, indirect));
+        let (ours, theirs) = (Rig::new(SIZE, event_idx, indirect, false), Theirs::new(event_idx, indirect));
         let (in_flight, completed) = (Vec::new(), Vec::new());
         Pair { ours, theirs, buffers: PinnedBuffers::default(), event_idx, in_flight, completed, armed: true, tag: 0 }
     }
@@ -170,7 +170,7 @@ impl Pair {
     fn pop(&mut self) {
         let head = pop(&mut self.ours.queue, &mut self.ours.memory, &mut self.buffers).unwrap();
         let chain = self.theirs.queue.pop_descriptor_chain(&self.theirs.memory);
-        assert_eq!(head.as_ref().map(Head::index), chain.as_ref().map(|chain| chain.head_index()));
+        assert_eq!(head.as_ref().map(Head::id), chain.as_ref().map(|chain| chain.head_index()));
         let (Some(head), Some(chain)) = (head, chain) else {
             return;
         };
@@ -189,7 +189,7 @@ impl Pair {
 
     fn complete(&mut self, which: usize, written: u32) {
         let head = self.in_flight.swap_remove(which);
-        self.completed.push((head.index(), written));
+        self.completed.push((head.id(), written));
         self.ours.queue.complete(head, written);
     }
 
@@ -200,7 +200,7 @@ impl Pair {
         }
         let ours = self.ours.queue.publish();
         let theirs = self.theirs.queue.needs_notification(&self.theirs.memory).unwrap();
-        let flag = self.ours.driver.memory().avail_flags();
+        let flag = self.ours.driver.split().unwrap().avail_flags();
         let expected = match (nothing, self.event_idx) {
             (true, _) => {
                 assert_eq!(theirs, !self.event_idx);
@@ -219,7 +219,7 @@ impl Pair {
     /// All that the device has written is the same.
     fn compare(&self) {
         let [ours, theirs] = [&self.ours.driver, &self.theirs.driver].map(|driver| {
-            let memory = driver.memory();
+            let memory = driver.split().unwrap();
             let elements: Vec<_> = (0..SIZE).map(|slot| memory.used_entry(slot)).collect();
             (memory.used_flags(), memory.avail_event(), memory.used_idx(), elements)
         });
@@ -257,9 +257,9 @@ fn what_a_broken_driver_gets() {
         let pair = Pair::new(true, 0);
         for driver in [&pair.ours.driver, &pair.theirs.driver] {
             for (slot, head) in (0..).zip(heads) {
-                driver.memory().set_avail_entry(slot, *head);
+                driver.split().unwrap().set_avail_entry(slot, *head);
             }
-            driver.memory().set_avail_idx(idx);
+            driver.split().unwrap().set_avail_idx(idx);
         }
         pair
     };

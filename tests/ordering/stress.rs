@@ -4,7 +4,8 @@
 //! Each side draws by lot how long it dawdles before it publishes and before it falls asleep, so that the two decisions
 //! often fall together, and whether it asks to be woken or polls.
 //!
-//! `STRESS_ROUNDS`: how many requests go there and back in all (400,000). `STRESS_PATIENCE`: how many seconds with
+//! `STRESS_ROUNDS`: how many requests go there and back in each format, in order apart (400,000). `STRESS_FORMAT`: only
+//! `split` or `packed` queues. `STRESS_PATIENCE`: how many seconds with
 //! news and without a wakeup mean that it is lost (10), more than any pause of a busy machine. `STRESS_SEED`: another
 //! number draws other lots (0).
 
@@ -17,28 +18,29 @@ mod rig;
 use std::fmt::Debug;
 use std::ops::RangeInclusive;
 use std::str::FromStr;
-use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 use std::{env, thread};
 
 use bell::{Bell, GaveUp, Patience};
-use client::{Segment, SplitDriver, SplitMemory};
+use client::{Ring, Segment};
 use lot::Lot;
 use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
 use nix::unistd::Pid;
-use rig::{BASE, Rig, pop};
-use virtio::memory::{GuestMemory, MappedRing, PinnedBuffers};
-use virtio::queue::{Armed, Field, RingMemory, Signal, SplitQueue};
+use rig::{BASE, Format, Packed, Rig, Split, pop};
+use virtio::memory::{GuestMemory, PinnedBuffers};
+use virtio::queue::{Armed, Signal, Written};
 
 const SIZE: u16 = 8;
 
 /// One run of the course.
 struct Course {
+    format: &'static str,
     rounds: u64,
     seed: u64,
     /// Requests in flight at most, drawn anew time and again.
     depth: RangeInclusive<u16>,
     event_idx: bool,
+    in_order: bool,
     /// How often to look at a bell before sleeping in earnest: not at all if the other side needs our core.
     looks: u32,
     patience: Patience,
@@ -111,7 +113,7 @@ impl Course {
         Ok(())
     }
 
-    fn device(&self, mut queue: SplitQueue<MappedRing>, mut memory: GuestMemory) -> Result<Account, Stuck> {
+    fn device<Q: Format>(&self, mut queue: Q, mut memory: GuestMemory) -> Result<Account, Stuck> {
         let (mut account, mut lot) = (Account::default(), Lot::new(self.seed));
         let (mut heads, mut completed) = (Vec::new(), 0);
         let mut buffers = PinnedBuffers::default();
@@ -121,17 +123,15 @@ impl Course {
             let received = account.received;
             let mut asked = Asked::No;
             if head.is_none() {
-                let next = queue.state().next_avail;
                 asked = if lot.one_in(3) {
-                    self.poll(|| queue.memory().load(Field::AvailIdx, Ordering::Acquire) != next).map_err(stuck)?;
+                    self.poll(|| queue.has_news()).map_err(stuck)?;
                     Asked::No
                 } else {
                     lot.dawdle();
                     match queue.arm() {
                         Armed::Work => Asked::AtTheSameTime,
                         Armed::Sleep => {
-                            let news = || queue.memory().load(Field::AvailIdx, Ordering::Acquire) != next;
-                            self.sleep(&self.kick, &mut lot, &mut account, news).map_err(stuck)?;
+                            self.sleep(&self.kick, &mut lot, &mut account, || queue.has_news()).map_err(stuck)?;
                             Asked::Yes
                         }
                     }
@@ -146,7 +146,7 @@ impl Course {
             lot.dawdle();
             completed += heads.len() as u64;
             for head in heads.drain(..) {
-                queue.complete(head, 0);
+                queue.complete(head, Written::All(0));
             }
             let signal = queue.publish();
             if signal == Signal::Needed {
@@ -157,7 +157,7 @@ impl Course {
         Ok(account)
     }
 
-    fn driver(&self, mut driver: SplitDriver) -> Result<Account, Stuck> {
+    fn driver(&self, mut driver: Ring) -> Result<Account, Stuck> {
         let (mut account, mut lot) = (Account::default(), Lot::new(!self.seed));
         let (mut added, mut taken) = (0, 0);
         while taken < self.rounds {
@@ -196,8 +196,9 @@ impl Course {
                 }
             };
             account.asked.push(Question { asked, received });
-            if !self.event_idx {
-                // With the event index nothing need be said: the entry that was asked for has gone by.
+            if !self.event_idx || driver.packed().is_some() {
+                // With the event index nothing need be said in a split queue: the entry that was asked for has gone by. In a
+                // packed one the same descriptor comes again soon.
                 driver.disable_interrupts();
             }
             while driver.take().unwrap().is_some() {
@@ -207,10 +208,23 @@ impl Course {
         Ok(account)
     }
 
-    fn run(self) {
+    fn run<Q: Format>(self) {
         let start = Instant::now();
-        let Rig { queue, memory, driver } = Rig::new(SIZE, self.event_idx, 0);
-        let ring = driver.memory().clone();
+        let Rig { queue, memory, driver } = Rig::<Q>::new(SIZE, self.event_idx, 0, self.in_order);
+        let (split, packed) = (driver.split().cloned(), driver.packed().cloned());
+        let ring = || {
+            let split = split.as_ref().map(|ring| {
+                let avail = (ring.avail_idx(), ring.avail_flags(), ring.used_event());
+                let used = (ring.used_idx(), ring.used_flags(), ring.avail_event());
+                format!("avail: idx, flags, used_event {avail:?}; used: idx, flags, avail_event {used:?}")
+            });
+            let packed = packed.as_ref().map(|ring| {
+                let events = (ring.driver_event(), ring.device_event());
+                let descriptors: Vec<_> = (0..SIZE).map(|index| ring.descriptor(index)).collect();
+                format!("events of driver and device: {events:?}; {descriptors:?}")
+            });
+            split.or(packed).unwrap_or_default()
+        };
         let (device, driver) = thread::scope(|scope| {
             let course = &self;
             let device = scope.spawn(move || {
@@ -226,7 +240,7 @@ impl Course {
         let (device, driver) = match (device, driver) {
             (Ok(device), Ok(driver)) => (device, driver),
             (device, driver) => {
-                panic!("{}", self.failure(device.err(), driver.err(), &ring));
+                panic!("{self}: the device: {:?}, the driver: {:?}\n{}", device.err(), driver.err(), ring());
             }
         };
         println!("{self}: {} rounds in {:.1} s", self.rounds, start.elapsed().as_secs_f64());
@@ -241,28 +255,16 @@ impl Course {
             }
         }
     }
-
-    fn failure(&self, device: Option<Stuck>, driver: Option<Stuck>, ring: &SplitMemory) -> String {
-        format!(
-            "{self}: the device: {device:?}, the driver: {driver:?}\n\
-             avail: idx {}, flags {}, used_event {}; used: idx {}, flags {}, avail_event {}",
-            ring.avail_idx(),
-            ring.avail_flags(),
-            ring.used_event(),
-            ring.used_idx(),
-            ring.used_flags(),
-            ring.avail_event(),
-        )
-    }
 }
 
 impl std::fmt::Display for Course {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let event_idx = if self.event_idx { "event index" } else { "flags" };
         match (self.depth.start(), self.depth.end()) {
-            (first, last) if first == last => write!(f, "depth {first}, {event_idx}"),
-            (first, last) => write!(f, "depth {first} to {last}, {event_idx}"),
+            (first, last) if first == last => write!(f, "{}, depth {first}", self.format)?,
+            (first, last) => write!(f, "{}, depth {first} to {last}", self.format)?,
         }
+        f.write_str(if self.event_idx { ", event index" } else { ", flags" })?;
+        f.write_str(if self.in_order { ", in order" } else { "" })
     }
 }
 
@@ -309,18 +311,26 @@ fn number<T: FromStr<Err: Debug>>(name: &str, default: T) -> T {
     env::var(name).map_or(default, |value| value.parse().expect(name))
 }
 
-#[test]
-fn no_wakeup_is_lost() {
-    let rounds = number("STRESS_ROUNDS", 400_000u64);
+fn run_all<Q: Format>(format: &'static str) {
+    if number("STRESS_FORMAT", format.to_owned()) != format {
+        return;
+    }
+    let rounds = number("STRESS_ROUNDS", 400_000u64) / 4;
     let seed = number("STRESS_SEED", 0);
     let patience = Duration::from_secs(number("STRESS_PATIENCE", 10));
     let looks = if thread::available_parallelism().unwrap().get() > 1 { 2000 } else { 0 };
-    for depth in [1..=1, 2..=SIZE] {
-        for event_idx in [true, false] {
-            let depth = depth.clone();
-            let (kick, interrupt) = (Bell::new(), Bell::new());
-            let patience = Patience::new(patience);
-            Course { rounds: rounds / 4, seed, depth, event_idx, looks, patience, kick, interrupt }.run();
-        }
+    let courses = [1..=1, 2..=SIZE]
+        .into_iter()
+        .flat_map(|depth| [true, false].map(|event_idx| (depth.clone(), event_idx, false)));
+    for (depth, event_idx, in_order) in courses.chain([(2..=SIZE, true, true)]) {
+        let (kick, interrupt) = (Bell::new(), Bell::new());
+        let patience = Patience::new(patience);
+        Course { format, rounds, seed, depth, event_idx, in_order, looks, patience, kick, interrupt }.run::<Q>();
     }
+}
+
+#[test]
+fn no_wakeup_is_lost() {
+    run_all::<Split>("split");
+    run_all::<Packed>("packed");
 }

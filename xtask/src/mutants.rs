@@ -108,7 +108,8 @@ fn hardware(tree: &Tree) -> Result<ExitCode> {
     for mutant in mutants {
         let _changed = tree.change(&mutant)?;
         let executable = Suite::Stress.build(&tree.release())?;
-        let mut all = (1..=RUNS).map(|seed| rounds_to_loss(&executable, seed)).collect::<Result<Vec<_>>>()?;
+        let format = if mutant.name.starts_with("packed") { "packed" } else { "split" };
+        let mut all = (1..=RUNS).map(|seed| rounds_to_loss(&executable, format, seed)).collect::<Result<Vec<_>>>()?;
         println!("{}: a wakeup was lost after {all:?} rounds", mutant.name);
         all.sort_unstable();
         println!("  median: {}", all.get(all.len() / 2).copied().unwrap_or_default());
@@ -117,8 +118,9 @@ fn hardware(tree: &Tree) -> Result<ExitCode> {
 }
 
 /// How many rounds the stress takes to lose a wakeup.
-fn rounds_to_loss(executable: &Path, seed: u64) -> Result<u64> {
+fn rounds_to_loss(executable: &Path, format: &str, seed: u64) -> Result<u64> {
     let environment = [
+        ("STRESS_FORMAT", format.to_owned()),
         ("STRESS_ROUNDS", (4 * ROUNDS).to_string()),
         ("STRESS_SEED", seed.to_string()),
         ("STRESS_PATIENCE", "3".to_owned()),

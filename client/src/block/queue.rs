@@ -13,7 +13,7 @@ use virtio_bindings::virtio_blk::{
 };
 
 use crate::client::wait;
-use crate::{Buffer, Doorbell, Error, GuestMemory, Segment, SharedSlice, SplitDriver};
+use crate::{Buffer, Doorbell, Error, GuestMemory, Ring, Segment, SharedSlice};
 
 const SECTOR: usize = 512;
 const HEADER_LEN: u32 = 16;
@@ -122,7 +122,7 @@ pub(super) struct Limits {
 /// become visible to the device with [`publish`](BlockQueue::publish), as many at once as were
 /// submitted.
 pub struct BlockQueue {
-    ring: SplitDriver,
+    ring: Ring,
     doorbell: Doorbell,
     interrupt: Option<EventFd>,
     slots_iova: u64,
@@ -141,13 +141,13 @@ pub struct BlockQueue {
 impl BlockQueue {
     pub(super) fn new(
         memory: &GuestMemory,
-        mut ring: SplitDriver,
+        mut ring: Ring,
         doorbell: Doorbell,
         interrupt: Option<EventFd>,
         bounce: Buffer,
         limits: Limits,
     ) -> Result<BlockQueue, Error> {
-        let count = usize::from(ring.memory().size());
+        let count = usize::from(ring.size());
         let slots = memory.allocate(count * SLOT_SIZE, 64)?;
         ring.disable_interrupts();
         Ok(BlockQueue {
@@ -172,24 +172,24 @@ impl BlockQueue {
     /// [`Error::OutOfMemory`] when `memory` is too small.
     pub fn over_eventfds(
         memory: &GuestMemory,
-        ring: SplitDriver,
+        ring: impl Into<Ring>,
         kick: OwnedFd,
         interrupt: Option<EventFd>,
         timeout: Duration,
     ) -> Result<BlockQueue, Error> {
         let bounce = memory.allocate(4096, 4096)?;
         let limits = Limits { seg_max: None, size_max: None, timeout };
-        BlockQueue::new(memory, ring, Doorbell::eventfd(kick, 0), interrupt, bounce, limits)
+        BlockQueue::new(memory, ring.into(), Doorbell::eventfd(kick, 0), interrupt, bounce, limits)
     }
 
     /// The ring, for tests that look at it or break it.
-    pub fn ring(&self) -> &SplitDriver {
+    pub fn ring(&self) -> &Ring {
         &self.ring
     }
 
     /// The ring, to be driven by hand: chains added here are not of this queue's making, and
     /// [`poll`](BlockQueue::poll) gives their heads as tags.
-    pub fn ring_mut(&mut self) -> &mut SplitDriver {
+    pub fn ring_mut(&mut self) -> &mut Ring {
         &mut self.ring
     }
 
@@ -255,7 +255,7 @@ impl BlockQueue {
     pub fn poll(&mut self) -> Result<Option<Completion>, Error> {
         let Some(used) = self.ring.take()? else { return Ok(None) };
         let slot = usize::from(used.head) * SLOT_SIZE;
-        // Ordered behind the device's store by the Acquire of used.idx.
+        // Ordered behind the device's store by the Acquire of used.idx, or of the descriptor's flags.
         let status = self.slots[slot + STATUS_OFFSET].load(Ordering::Relaxed);
         Ok(Some(Completion { tag: Tag(used.head), status, written: used.written }))
     }
@@ -401,7 +401,7 @@ impl BlockQueue {
     }
 
     fn max_segments(&self) -> usize {
-        let of_queue = usize::from(self.ring.memory().size()).saturating_sub(2);
+        let of_queue = usize::from(self.ring.size()).saturating_sub(2);
         self.limits.seg_max.map_or(of_queue, |max| of_queue.min(max as usize))
     }
 

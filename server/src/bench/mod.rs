@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use client::{BlockDriver, BlockOptions, Client, GuestMemory, NotifyMethod};
-use vfio_user_blk::config::{BenchArgs, CompletionMode, Kick, Workload};
+use vfio_user_blk::config::{BenchArgs, CompletionMode, Kick, Switch, Workload};
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 
 use pattern::Region;
@@ -60,6 +60,10 @@ impl Bench {
 
         let (driver, queues) = BlockDriver::start(client, &memory, &options(arguments, queue_size))
             .with_context(|| format!("cannot start the disk at {path}"))?;
+        for ((switch, feature), name) in switches(arguments).into_iter().zip(["--packed", "--in-order"]) {
+            let missing = switch == Some(Switch::On) && driver.features() & feature == 0;
+            ensure!(!missing, "the disk does not offer what {name} on asks for");
+        }
         let region = region(arguments, &driver)?;
         ensure!(
             queues.len() >= usize::from(arguments.queues),
@@ -67,7 +71,7 @@ impl Bench {
             queues.len()
         );
         for queue in &queues {
-            let slots = queue.ring().memory().size() / entries;
+            let slots = queue.ring().size() / entries;
             ensure!(
                 slots >= arguments.depth,
                 "the disk's queues hold {slots} such requests; ask for no more by --depth"
@@ -115,13 +119,23 @@ impl Bench {
     }
 }
 
+/// The features that may be demanded.
+fn switches(arguments: &BenchArgs) -> [(Option<Switch>, u64); 2] {
+    [(arguments.packed, BlockOptions::PACKED), (arguments.in_order, BlockOptions::IN_ORDER)]
+}
+
 fn options(arguments: &BenchArgs, queue_size: u16) -> BlockOptions {
-    let mut features = BlockOptions::FEATURES;
+    let mut features = BlockOptions::FEATURES | BlockOptions::PACKED | BlockOptions::IN_ORDER;
     if arguments.no_event_idx {
         features &= !(1 << VIRTIO_RING_F_EVENT_IDX);
     }
     if arguments.no_indirect {
         features &= !(1 << VIRTIO_RING_F_INDIRECT_DESC);
+    }
+    for (switch, feature) in switches(arguments) {
+        if switch == Some(Switch::Off) {
+            features &= !feature;
+        }
     }
     BlockOptions {
         features,

@@ -114,7 +114,7 @@ impl QueueBench {
             found: vec![0; bs],
             verified: 0,
         });
-        let slots = usize::from(queue.ring().memory().size());
+        let slots = usize::from(queue.ring().size());
         Ok(Self {
             queue,
             region,

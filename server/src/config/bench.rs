@@ -62,6 +62,14 @@ pub struct BenchArgs {
     #[arg(long)]
     pub no_indirect: bool,
 
+    /// Packed virtqueues, which the disk must offer if they are on [default: on if it offers them]
+    #[arg(long, value_enum)]
+    pub packed: Option<Switch>,
+
+    /// Completion in order, which the disk must offer if it is on [default: on if it offers that]
+    #[arg(long, value_enum)]
+    pub in_order: Option<Switch>,
+
     /// Processor to which the first queue's thread is bound, the next queues' following it [default: none]
     #[arg(long, value_name = "N")]
     pub cpu: Option<usize>,
@@ -69,6 +77,15 @@ pub struct BenchArgs {
     /// Print one JSON object in place of the table
     #[arg(long)]
     pub json: bool,
+}
+
+/// What is used or not.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Switch {
+    /// Used
+    On,
+    /// Not used
+    Off,
 }
 
 /// A pattern of requests.

@@ -1,10 +1,10 @@
-//! The walk over the descriptors of one request (virtio 1.3 §2.7.5).
+//! The walk over the descriptors of one request (virtio 1.3 §2.7.5, §2.8.5 to §2.8.7).
 
 use std::num::NonZeroU16;
 
 use virtio_bindings::virtio_ring::{VRING_DESC_F_INDIRECT, VRING_DESC_F_NEXT, VRING_DESC_F_WRITE};
 
-use super::ring::{Descriptor, RingMemory};
+use super::ring::{Descriptor, PackedDescriptor, PackedRing, PackedRingMemory, Position, RingMemory};
 use crate::memory::{GuestMemory, PinnedBuffers, Pinning, Unmapped};
 
 /// The most descriptors that one chain may have, an indirect table's included.
@@ -34,7 +34,7 @@ pub enum ChainError {
     /// A buffer to read after a buffer to write (§2.7.4.2).
     #[error("a device-readable descriptor follows a device-writable one")]
     ReadableAfterWritable,
-    /// INDIRECT without the feature, inside an indirect table, or with NEXT (§2.7.5.3.1).
+    /// INDIRECT without the feature, inside an indirect table, or with NEXT (§2.7.5.3.1); in a packed ring, inside a list.
     #[error("an indirect descriptor where none is allowed")]
     MisplacedIndirect,
     /// An indirect table that is empty, no multiple of 16 bytes, or too long.
@@ -50,6 +50,17 @@ pub enum ChainError {
 pub(super) struct IndirectTable {
     pub(super) iova: u64,
     pub(super) entries: NonZeroU16,
+}
+
+/// A list of descriptors in a packed ring (§2.8.6).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct List {
+    /// Buffer ID, which its last descriptor has.
+    pub(super) id: u16,
+    /// Descriptors.
+    pub(super) len: u16,
+    /// Where it goes on, if its one descriptor says that it does.
+    pub(super) table: Option<IndirectTable>,
 }
 
 /// The walks over the chains of one queue.
@@ -78,7 +89,7 @@ impl Walk {
     ) -> Result<Option<IndirectTable>, ChainError> {
         let first = ring.read_descriptor(head);
         if first.flags & INDIRECT != 0 {
-            return self.table(first, memory).map(Some);
+            return self.table(first.addr, first.len, first.flags, memory).map(Some);
         }
         self.start_direct(ring, first, memory, buffers)
     }
@@ -98,9 +109,9 @@ impl Walk {
         // Each step consumes one descriptor of a table with `size`: more steps than that are a loop.
         for _ in 0..size.min(MAX_DESCRIPTORS) {
             if descriptor.flags & INDIRECT != 0 {
-                return self.table(descriptor, memory).map(Some);
+                return self.table(descriptor.addr, descriptor.len, descriptor.flags, memory).map(Some);
             }
-            push(descriptor, &mut pinning)?;
+            push(descriptor.addr, descriptor.len, descriptor.flags, &mut pinning)?;
             if descriptor.flags & NEXT == 0 {
                 return Ok(None);
             }
@@ -113,13 +124,32 @@ impl Walk {
         Err(ChainError::TooLong(size.min(MAX_DESCRIPTORS)))
     }
 
+    /// Pins the buffers of the list that starts at `position`, where the driver has made the descriptor available by `flags`,
+    /// as far as the ring itself goes. It must have no more than `limit` descriptors.
+    #[inline(always)]
+    pub(super) fn start_packed<M: PackedRingMemory>(
+        &self,
+        ring: &PackedRing<M>,
+        position: Position,
+        flags: u16,
+        limit: u16,
+        memory: &mut GuestMemory,
+        buffers: &mut PinnedBuffers,
+    ) -> Result<List, ChainError> {
+        let first = ring.descriptor(position, flags);
+        if flags & INDIRECT != 0 {
+            let table = self.table(first.addr, first.len, flags, memory)?;
+            return Ok(List { id: first.id, len: 1, table: Some(table) });
+        }
+        start_list(ring, position, first, limit, memory, buffers)
+    }
+
     /// The table that a descriptor points to. The processor is asked to have it at hand.
     #[inline(always)]
-    fn table(&self, descriptor: Descriptor, memory: &GuestMemory) -> Result<IndirectTable, ChainError> {
-        if !self.indirect_desc || descriptor.flags & NEXT != 0 {
+    fn table(&self, iova: u64, len: u32, flags: u16, memory: &GuestMemory) -> Result<IndirectTable, ChainError> {
+        if !self.indirect_desc || flags & NEXT != 0 {
             return Err(ChainError::MisplacedIndirect);
         }
-        let Descriptor { addr: iova, len, .. } = descriptor;
         match NonZeroU16::new((len / DESCRIPTOR_LEN) as u16) {
             Some(entries) if len.is_multiple_of(DESCRIPTOR_LEN) && len <= MAX_TABLE_LEN => {
                 memory.prefetch(iova);
@@ -129,20 +159,32 @@ impl Walk {
         }
     }
 
+    /// Our own copy of a table.
+    #[inline(always)]
+    fn read(
+        &mut self,
+        IndirectTable { iova, entries }: IndirectTable,
+        memory: &mut GuestMemory,
+    ) -> Result<&[[u64; 2]], ChainError> {
+        let entries = usize::from(entries.get());
+        if self.table.len() < entries {
+            self.table.resize(entries, [0; 2]);
+        }
+        let table = self.table.get_mut(..entries).unwrap_or_default();
+        memory.read_records(iova, table)?;
+        Ok(table)
+    }
+
     /// Pins the buffers of the rest of a chain.
     #[inline(never)]
     pub(super) fn finish(
         &mut self,
-        IndirectTable { iova, entries }: IndirectTable,
+        table: IndirectTable,
         memory: &mut GuestMemory,
         buffers: &mut PinnedBuffers,
     ) -> Result<(), ChainError> {
-        let entries = entries.get();
-        if self.table.len() < usize::from(entries) {
-            self.table.resize(entries.into(), [0; 2]);
-        }
-        let table = self.table.get_mut(..usize::from(entries)).unwrap_or_default();
-        memory.read_records(iova, table)?;
+        let entries = table.entries.get();
+        let table = self.read(table, memory)?;
         let mut pinning = memory.pinning(buffers);
         let mut index = 0;
         for _ in 0..table.len() {
@@ -151,7 +193,7 @@ impl Walk {
             if descriptor.flags & INDIRECT != 0 {
                 return Err(ChainError::MisplacedIndirect);
             }
-            push(descriptor, &mut pinning)?;
+            push(descriptor.addr, descriptor.len, descriptor.flags, &mut pinning)?;
             if descriptor.flags & NEXT == 0 {
                 return Ok(());
             }
@@ -159,16 +201,61 @@ impl Walk {
         }
         Err(ChainError::TooLong(entries))
     }
+
+    /// Pins the buffers of the table of a packed virtqueue, which is read from end to end (§2.8.7).
+    #[inline(never)]
+    pub(super) fn finish_packed(
+        &mut self,
+        table: IndirectTable,
+        memory: &mut GuestMemory,
+        buffers: &mut PinnedBuffers,
+    ) -> Result<(), ChainError> {
+        let table = self.read(table, memory)?;
+        let mut pinning = memory.pinning(buffers);
+        table.iter().try_for_each(|record| {
+            // All flags but WRITE, and the buffer ID, are ignored.
+            let descriptor = PackedDescriptor::from_words(*record);
+            push(descriptor.addr, descriptor.len, descriptor.flags, &mut pinning)
+        })
+    }
+}
+
+/// A list in the ring, whose first descriptor is no indirect table.
+#[inline(never)]
+fn start_list<M: PackedRingMemory>(
+    ring: &PackedRing<M>,
+    mut position: Position,
+    mut descriptor: PackedDescriptor,
+    limit: u16,
+    memory: &mut GuestMemory,
+    buffers: &mut PinnedBuffers,
+) -> Result<List, ChainError> {
+    let limit = limit.min(MAX_DESCRIPTORS);
+    let mut pinning = memory.pinning(buffers);
+    for len in 1..=limit {
+        let PackedDescriptor { addr, len: bytes, id, flags } = descriptor;
+        if flags & INDIRECT != 0 {
+            // A list has descriptors of one kind (§2.8.5).
+            return Err(ChainError::MisplacedIndirect);
+        }
+        push(addr, bytes, flags, &mut pinning)?;
+        if flags & NEXT == 0 {
+            return Ok(List { id, len, table: None });
+        }
+        position = position.after(1, ring.size());
+        descriptor = ring.next_descriptor(position);
+    }
+    Err(ChainError::TooLong(limit))
 }
 
 #[inline(always)]
-fn push(descriptor: Descriptor, pinning: &mut Pinning<'_>) -> Result<(), ChainError> {
-    let write = descriptor.flags & WRITE != 0;
+fn push(addr: u64, len: u32, flags: u16, pinning: &mut Pinning<'_>) -> Result<(), ChainError> {
+    let write = flags & WRITE != 0;
     if !write && pinning.has_writable() {
         return Err(ChainError::ReadableAfterWritable);
     }
-    if descriptor.len > 0 {
-        pinning.add(descriptor.addr, descriptor.len, write)?;
+    if len > 0 {
+        pinning.add(addr, len, write)?;
     }
     Ok(())
 }

@@ -1,93 +1,10 @@
 //! A split virtqueue: where the device stands in it, and which requests it has taken.
 
-use std::num::NonZeroU16;
-
-use super::chain::{ChainError, IndirectTable, Walk};
+use super::chain::Walk;
+use super::in_order::{InOrder, Written};
 use super::ring::{Armed, RingMemory, Signal, SplitRing};
+use super::virtqueue::{Head, Popped, QueueError, QueueState, RingFeatures, Virtqueue};
 use crate::memory::{GuestMemory, PinnedBuffers};
-
-/// The ring features that were negotiated (virtio 1.3 §6).
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct RingFeatures {
-    /// `VIRTIO_F_EVENT_IDX`.
-    pub event_idx: bool,
-    /// `VIRTIO_F_INDIRECT_DESC`.
-    pub indirect_desc: bool,
-}
-
-/// What a guest did wrong in a queue. The queue is of no use until the device is reset.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[non_exhaustive]
-pub enum QueueError {
-    /// `avail.idx` runs ahead by more than there are entries.
-    #[error("avail.idx is {avail_idx}, more than {size} entries beyond {next_avail}")]
-    AvailIdx {
-        /// What the driver published.
-        avail_idx: u16,
-        /// Where the device stands.
-        next_avail: u16,
-        /// Entries of the queue.
-        size: u16,
-    },
-    /// A head beyond the descriptor table.
-    #[error("the available ring names descriptor {head} of a table of {size}")]
-    Head {
-        /// The head.
-        head: u16,
-        /// Entries of the table.
-        size: u16,
-    },
-    /// A head that the device has not given back yet.
-    #[error("the available ring names descriptor {0} again before it was used")]
-    HeadInFlight(u16),
-    /// A chain that is not one.
-    #[error("the chain at descriptor {head}: {source}")]
-    Chain {
-        /// Its head.
-        head: u16,
-        /// What is wrong with it.
-        source: ChainError,
-    },
-}
-
-/// A request that was taken off a queue, and the duty to give it back: by [`SplitQueue::complete`], exactly once.
-#[derive(Debug, PartialEq, Eq)]
-#[must_use = "a request must be completed"]
-pub struct Head(u16);
-
-impl Head {
-    /// The index of the chain's first descriptor: less than the queue's size, and not shared by two requests in flight.
-    pub fn index(&self) -> u16 {
-        self.0
-    }
-}
-
-/// A request that was taken off a queue, and whose buffers may not all be known until [`SplitQueue::resolve`].
-#[derive(Debug, PartialEq, Eq)]
-#[must_use = "a request must be resolved and completed"]
-pub struct Popped {
-    head: Head,
-    /// Where an [`IndirectTable`] is to be read, if there are entries.
-    table: u64,
-    entries: Option<NonZeroU16>,
-}
-
-impl Popped {
-    /// The request, whose buffers are known; `None` if [`SplitQueue::resolve`] has not succeeded.
-    #[inline]
-    pub fn resolved(self) -> Option<Head> {
-        self.entries.is_none().then_some(self.head)
-    }
-}
-
-/// Where a device stands in a queue; with nothing in flight this is all there is to carry over.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct QueueState {
-    /// Next entry of the available ring to be taken.
-    pub next_avail: u16,
-    /// Next entry of the used ring to be filled.
-    pub next_used: u16,
-}
 
 /// The device's side of a split virtqueue.
 #[derive(Debug)]
@@ -103,12 +20,13 @@ pub struct SplitQueue<M> {
     armed: bool,
     /// One bit a descriptor: the heads in flight.
     in_flight: Box<[u64]>,
+    /// With `VIRTIO_F_IN_ORDER`.
+    order: Option<InOrder>,
 }
 
 impl<M> SplitQueue<M> {
-    /// The same queue over other memory of the same size, or over none (`()`): where its areas have moved in our
-    /// address space, or are gone from it for a while. Requests in flight stay so.
-    pub fn with_memory<N>(self, memory: N) -> SplitQueue<N> {
+    /// The same queue over other memory, or none.
+    fn with_memory<N>(self, memory: N) -> SplitQueue<N> {
         SplitQueue {
             ring: self.ring.with_memory(memory),
             walk: self.walk,
@@ -118,80 +36,16 @@ impl<M> SplitQueue<M> {
             decided: self.decided,
             armed: self.armed,
             in_flight: self.in_flight,
+            order: self.order,
         }
     }
 
-    /// Where the device stands.
-    pub fn state(&self) -> QueueState {
+    fn position(&self) -> QueueState {
         QueueState { next_avail: self.next_avail, next_used: self.next_used }
     }
 }
 
 impl<M: RingMemory> SplitQueue<M> {
-    /// A queue over `memory`, which stands where `state` says.
-    pub fn new(memory: M, features: RingFeatures, state: QueueState) -> Self {
-        let words = usize::from(memory.size()).div_ceil(64);
-        Self {
-            ring: SplitRing::new(memory, features.event_idx),
-            walk: Walk::new(features.indirect_desc),
-            next_avail: state.next_avail,
-            avail_idx: state.next_avail,
-            next_used: state.next_used,
-            decided: state.next_used,
-            // As a driver finds a new queue: it kicks until told otherwise.
-            armed: true,
-            in_flight: vec![0; words].into(),
-        }
-    }
-
-    /// The memory under the queue.
-    pub fn memory(&self) -> &M {
-        self.ring.memory()
-    }
-
-    /// Entries.
-    pub fn size(&self) -> u16 {
-        self.ring.size()
-    }
-
-    /// Takes the next request, if there is one, and pins in `buffers`, which must be empty, what the ring itself says of its
-    /// buffers. The rest may be elsewhere: [`resolve`](Self::resolve) finds it, and the processor has been asked for it.
-    ///
-    /// # Errors
-    /// If the driver broke the queue's rules; whatever is in flight can still be completed.
-    #[inline]
-    pub fn pop(&mut self, memory: &mut GuestMemory, buffers: &mut PinnedBuffers) -> Result<Option<Popped>, QueueError> {
-        let Some(head) = self.pop_head()? else {
-            return Ok(None);
-        };
-        match self.walk.start(self.ring.memory(), head.0, memory, buffers) {
-            Ok(None) => Ok(Some(Popped { head, table: 0, entries: None })),
-            Ok(Some(IndirectTable { iova, entries })) => Ok(Some(Popped { head, table: iova, entries: Some(entries) })),
-            Err(source) => Err(QueueError::Chain { head: head.0, source }),
-        }
-    }
-
-    /// Pins the rest of a request's buffers. Indirect tables are read here and not before, so that those of several
-    /// requests can be on their way at the same time.
-    ///
-    /// # Errors
-    /// If the driver broke the rules.
-    #[inline]
-    pub fn resolve(
-        &mut self,
-        popped: &mut Popped,
-        memory: &mut GuestMemory,
-        buffers: &mut PinnedBuffers,
-    ) -> Result<(), QueueError> {
-        let Some(entries) = popped.entries else { return Ok(()) };
-        let table = IndirectTable { iova: popped.table, entries };
-        if let Err(source) = self.walk.finish(table, memory, buffers) {
-            return Err(QueueError::Chain { head: popped.head.0, source });
-        }
-        popped.entries = None;
-        Ok(())
-    }
-
     /// Takes the next request, if there is one, without a look at its buffers.
     ///
     /// # Errors
@@ -224,24 +78,101 @@ impl<M: RingMemory> SplitQueue<M> {
             self.armed = false;
             self.ring.disarm();
         }
-        Ok(Some(Head(head)))
+        let slot = self.order.as_mut().map_or(0, |order| order.take(head, 1));
+        Ok(Some(Head { id: head, descriptors: 1, slot }))
     }
 
-    /// Gives a request back, with `written` bytes of its buffers written from the first on. The driver sees it
-    /// after the next [`publish`](Self::publish).
+    /// Gives back so many requests, all by the entry of the first of them.
     #[inline]
-    pub fn complete(&mut self, head: Head, written: u32) {
-        if let Some(word) = self.in_flight.get_mut(usize::from(head.0 / 64)) {
-            *word &= !(1 << (head.0 % 64));
+    fn give_back(&mut self, id: u16, written: u32, requests: u16) {
+        self.ring.write_used(self.next_used, id, written);
+        self.next_used = self.next_used.wrapping_add(requests);
+    }
+}
+
+impl<M: RingMemory> Virtqueue for SplitQueue<M> {
+    type Memory = M;
+    type Parked = SplitQueue<()>;
+
+    const START: QueueState = QueueState { next_avail: 0, next_used: 0 };
+
+    fn new(memory: M, features: RingFeatures, state: QueueState) -> Self {
+        let size = memory.size();
+        Self {
+            ring: SplitRing::new(memory, features.event_idx),
+            walk: Walk::new(features.indirect_desc),
+            next_avail: state.next_avail,
+            avail_idx: state.next_avail,
+            next_used: state.next_used,
+            decided: state.next_used,
+            // As a driver finds a new queue: it kicks until told otherwise.
+            armed: true,
+            in_flight: vec![0; usize::from(size).div_ceil(64)].into(),
+            order: features.in_order.then(|| InOrder::new(size)),
         }
-        self.ring.write_used(self.next_used, head.0, written);
-        self.next_used = self.next_used.wrapping_add(1);
     }
 
-    /// Shows the driver all that was completed and says whether it wants an interrupt for it. Once a batch, and at
-    /// least once a queue's size of completions.
+    fn memory(&self) -> &M {
+        self.ring.memory()
+    }
+
+    fn park(self) -> SplitQueue<()> {
+        self.with_memory(())
+    }
+
+    fn resume(parked: SplitQueue<()>, memory: M) -> Self {
+        parked.with_memory(memory)
+    }
+
+    fn parked_state(parked: &SplitQueue<()>) -> QueueState {
+        parked.position()
+    }
+
+    fn state(&self) -> QueueState {
+        self.position()
+    }
+
     #[inline]
-    pub fn publish(&mut self) -> Signal {
+    fn pop(&mut self, memory: &mut GuestMemory, buffers: &mut PinnedBuffers) -> Result<Option<Popped>, QueueError> {
+        let Some(head) = self.pop_head()? else {
+            return Ok(None);
+        };
+        match self.walk.start(self.ring.memory(), head.id, memory, buffers) {
+            Ok(table) => Ok(Some(Popped::new(head, table))),
+            Err(source) => Err(QueueError::Chain { head: head.id, source }),
+        }
+    }
+
+    #[inline]
+    fn resolve(
+        &mut self,
+        popped: &mut Popped,
+        memory: &mut GuestMemory,
+        buffers: &mut PinnedBuffers,
+    ) -> Result<(), QueueError> {
+        let Some(table) = popped.table() else { return Ok(()) };
+        let head = popped.head.id;
+        self.walk.finish(table, memory, buffers).map_err(|source| QueueError::Chain { head, source })?;
+        popped.resolve();
+        Ok(())
+    }
+
+    #[inline]
+    fn complete(&mut self, head: Head, written: impl Into<Written>) {
+        if let Some(word) = self.in_flight.get_mut(usize::from(head.id / 64)) {
+            *word &= !(1 << (head.id % 64));
+        }
+        match &mut self.order {
+            None => self.give_back(head.id, written.into().bytes(), 1),
+            Some(order) => order.complete(head.slot, written.into()),
+        }
+    }
+
+    #[inline]
+    fn publish(&mut self) -> Signal {
+        while let Some(batch) = self.order.as_mut().and_then(InOrder::next_batch) {
+            self.give_back(batch.id, batch.written, batch.requests);
+        }
         if self.next_used == self.decided {
             return Signal::Idle;
         }
@@ -249,10 +180,8 @@ impl<M: RingMemory> SplitQueue<M> {
         self.ring.publish(self.next_used, decided)
     }
 
-    /// Asks for a kick with the next entry and says whether the worker may sleep. The kicks end with the next
-    /// [`pop`](Self::pop) that finds something.
     #[inline]
-    pub fn arm(&mut self) -> Armed {
+    fn arm(&mut self) -> Armed {
         self.armed = true;
         self.ring.arm(self.next_avail)
     }
@@ -264,13 +193,13 @@ mod tests {
 
     use super::*;
     use crate::memory::{MappedRing, RingAddresses, testing::guest_memory};
-    use crate::queue::{Field, MAX_DESCRIPTORS, RingMemory};
+    use crate::queue::{ChainError, Field, MAX_DESCRIPTORS, RingMemory};
 
     const BASE: u64 = 0x10_0000;
-    const AT: RingAddresses = RingAddresses { desc: BASE, avail: BASE + 0x1000, used: BASE + 0x2000 };
+    const AT: RingAddresses = RingAddresses { desc: BASE, driver: BASE + 0x1000, device: BASE + 0x2000 };
     const TABLE: u64 = BASE + 0x8000;
-    const EVENT_IDX: RingFeatures = RingFeatures { event_idx: true, indirect_desc: true };
-    const PLAIN: RingFeatures = RingFeatures { event_idx: false, indirect_desc: false };
+    const EVENT_IDX: RingFeatures = RingFeatures { event_idx: true, indirect_desc: true, in_order: false };
+    const PLAIN: RingFeatures = RingFeatures { event_idx: false, indirect_desc: false, in_order: false };
     const NEXT: u16 = 1;
     const WRITE: u16 = 2;
     const INDIRECT: u16 = 4;
@@ -356,7 +285,7 @@ mod tests {
         rig.describe(AT.desc, 1, (BASE + 0x400, 1, WRITE, 0));
         rig.offer(5);
         let head = rig.pop().unwrap().unwrap();
-        assert_eq!(head.index(), 5);
+        assert_eq!(head.id(), 5);
         assert_eq!(rig.pieces(), [vec![(BASE, 16)], vec![(BASE + 0x300, 32), (BASE + 0x400, 1)]]);
         assert_eq!(rig.pop(), Ok(None));
     }
@@ -432,14 +361,14 @@ mod tests {
             rig.set(Field::UsedEvent, (round as u16).wrapping_sub(u16::from(round % 3 == 0)));
             rig.offer(head);
             let taken = rig.pop().unwrap().unwrap();
-            assert_eq!(taken.index(), head);
+            assert_eq!(taken.id(), head);
             rig.queue.complete(taken, round);
             let expected = if round % 3 == 0 { Signal::Suppressed } else { Signal::Needed };
             assert_eq!(rig.queue.publish(), expected, "round {round}");
             assert_eq!(rig.queue.publish(), Signal::Idle);
             assert_eq!(rig.get(Field::UsedIdx), (round as u16).wrapping_add(1));
             let mut element = [0; 8];
-            rig.memory.read(AT.used + 4 + 8 * u64::from(round % 8), &mut element).unwrap();
+            rig.memory.read(AT.device + 4 + 8 * u64::from(round % 8), &mut element).unwrap();
             assert_eq!(element[..4], u32::from(head).to_le_bytes());
             assert_eq!(element[4..], round.to_le_bytes());
         }
@@ -510,6 +439,6 @@ mod tests {
         rig.queue = SplitQueue::new(ring, PLAIN, state);
         assert_eq!(rig.pop(), Ok(None));
         rig.offer(6);
-        assert_eq!(rig.pop().unwrap().unwrap().index(), 6);
+        assert_eq!(rig.pop().unwrap().unwrap().id(), 6);
     }
 }

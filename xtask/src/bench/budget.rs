@@ -5,8 +5,8 @@ use std::fs;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use anyhow::{Context, Result};
-use client::RequestType;
+use anyhow::{Context, Result, ensure};
+use client::{BlockOptions, RequestType};
 use serde::Deserialize;
 use testbed::Progress;
 
@@ -21,14 +21,26 @@ const REQUESTS: u32 = 65_536;
 /// Functions of a profile that are printed.
 const SHOWN: usize = 16;
 
+/// Most of a load's kind.
+const LOAD: Load = Load { store: "null", kind: RequestType::Read, depth: 32, mappings: 0, rings: 0 };
+
 /// What is counted, by its name in the budget.
-const LOADS: [(&str, Load); 5] = [
-    ("null-read-depth-32", Load { store: "null", kind: RequestType::Read, depth: 32 }),
-    ("null-read-depth-1", Load { store: "null", kind: RequestType::Read, depth: 1 }),
-    ("null-write-depth-32", Load { store: "null", kind: RequestType::Write, depth: 32 }),
-    ("memory-read-depth-32", Load { store: "memory", kind: RequestType::Read, depth: 32 }),
-    ("memory-read-depth-1", Load { store: "memory", kind: RequestType::Read, depth: 1 }),
+const LOADS: [(&str, Load); 10] = [
+    ("null-read-depth-32", LOAD),
+    ("null-read-depth-1", Load { depth: 1, ..LOAD }),
+    ("null-write-depth-32", Load { kind: RequestType::Write, ..LOAD }),
+    ("memory-read-depth-32", Load { store: "memory", ..LOAD }),
+    ("memory-read-depth-1", Load { store: "memory", depth: 1, ..LOAD }),
+    ("null-read-64-mappings", Load { mappings: 64, ..LOAD }),
+    ("null-read-50000-mappings", Load { mappings: 50_000, ..LOAD }),
+    ("null-read-in-order", Load { rings: BlockOptions::IN_ORDER, ..LOAD }),
+    ("null-read-packed", Load { rings: BlockOptions::PACKED, ..LOAD }),
+    ("null-read-packed-in-order", Load { rings: BlockOptions::PACKED | BlockOptions::IN_ORDER, ..LOAD }),
 ];
+
+/// Of two loads, how many times the first the second may take at most: a request that finds its memory among some mappings, and
+/// one that finds it among a thousand times as many.
+const MANY_MAPPINGS: (&str, &str, f64) = ("null-read-64-mappings", "null-read-50000-mappings", 2.0);
 
 /// The budget as it is written.
 #[derive(Debug, Deserialize)]
@@ -51,7 +63,7 @@ pub(super) fn check(bless: bool, only: Option<&str>, profile: bool) -> Result<Ex
     let progress = Progress::stderr();
     let mut counted = BTreeMap::new();
     let mut over = Vec::new();
-    println!("{:<24}{:>12}{:>12}{:>10}", "instructions a request", "counted", "budget", "");
+    println!("{:<26}{:>12}{:>12}{:>10}", "instructions a request", "counted", "budget", "");
     for (name, load) in LOADS.into_iter().filter(|(name, _)| only.is_none_or(|only| name.contains(only))) {
         let step = progress.step(format!("counting {name}"));
         let count = callgrind::count(load, REQUESTS.min(u32::from(load.depth) * 8192), &progress)?;
@@ -60,7 +72,7 @@ pub(super) fn check(bless: bool, only: Option<&str>, profile: bool) -> Result<Ex
         let allowed = budget.as_ref().and_then(|budget| budget.instructions.get(name)).copied();
         let change = allowed.map_or(String::new(), |allowed| format!("{:+.1} %", (own / allowed as f64 - 1.0) * 100.0));
         let shown = allowed.map_or("none".to_owned(), |allowed| allowed.to_string());
-        println!("{name:<24}{own:>12.1}{shown:>12}{change:>10}");
+        println!("{name:<26}{own:>12.1}{shown:>12}{change:>10}");
         if profile {
             print_profile(&count);
         }
@@ -68,6 +80,12 @@ pub(super) fn check(bless: bool, only: Option<&str>, profile: bool) -> Result<Ex
             over.push(name);
         }
         counted.insert(name.to_owned(), own.round() as u64);
+    }
+    let (one, many, most) = MANY_MAPPINGS;
+    if let (Some(one), Some(many)) = (counted.get(one), counted.get(many)) {
+        let times = *many as f64 / *one as f64;
+        println!("among 50,000 mappings a request takes {times:.2} times what it takes among 64; at most {most}");
+        ensure!(times <= most, "to find memory among many mappings takes too long");
     }
     let rustc = testbed::output(std::process::Command::new("rustc").arg("--version"))?.trim().to_owned();
     if bless {

@@ -16,10 +16,11 @@ use client::{BlockOptions, BlockQueue, BlockRequest, RequestType};
 use nix::sys::signal::Signal;
 use testbed::{Process, Progress, Tool, binary};
 
-use super::disk::Disk;
+use super::disk::{Disk, scattered};
 
-/// What is counted: all that a worker does for a queue in one round.
-const ROUND: &str = "<vfio_user_blk::block::BlockQueue as vfio_user_blk::worker::QueueTask>::run";
+/// What is counted: all that a worker does for a queue in one round. How it begins and ends; in between is the format of the
+/// queue.
+const ROUND: [&str; 2] = ["<vfio_user_blk::block::BlockQueue", " as vfio_user_blk::worker::QueueTask>::run"];
 /// The same for callgrind, in which a pattern may not have the blanks of the name.
 const ROUND_PATTERN: &str = "*block::BlockQueue*QueueTask*::run";
 /// The C library's names for copying memory.
@@ -38,6 +39,10 @@ pub(super) struct Load {
     pub(super) kind: RequestType,
     /// Requests in a batch.
     pub(super) depth: u16,
+    /// Pages of data that are mapped each for itself, none beside the next, as behind an IOMMU; 0 if all data is mapped as one.
+    pub(super) mappings: u32,
+    /// [`BlockOptions::PACKED`] and [`BlockOptions::IN_ORDER`], or neither.
+    pub(super) rings: u64,
 }
 
 /// Instructions a request.
@@ -113,20 +118,25 @@ fn serve(valgrind: Command, load: Load, batches: u32, socket: &Path, out: &Path)
         .arg(format!("--toggle-collect={ROUND_PATTERN}"))
         .arg(format!("--callgrind-out-file={}", out.display()))
         .arg(binary()?)
-        .args(["serve", "--workers", "1", "--num-queues", "1", "--poll", "always", "--size", "64M"])
+        // Valgrind makes its own system calls in the server's threads.
+        .args(["serve", "--sandbox", "off", "--workers", "1", "--num-queues", "1", "--poll", "always", "--size", "64M"])
+        .args(["--packed", "--in-order"])
         .args(["--store", load.store, "--socket-path"])
         .arg(socket)
         .env("RUST_LOG", "warn");
     let mut server = Process::start("valgrind", &command)?;
     server.wait_for(&["listening on"], LIMIT)?;
-    let options = BlockOptions { queues: 1, queue_size: 128, interrupts: false, ..BlockOptions::default() };
+    let features = BlockOptions::FEATURES | load.rings;
+    let options = BlockOptions { features, queues: 1, queue_size: 128, interrupts: false, ..BlockOptions::default() };
     let mut disk = Disk::attach(socket, &options, usize::from(load.depth) * BLOCK)?;
     if batches == 0 {
         std::thread::sleep(IDLE);
+    } else {
+        disk.scatter(load.mappings)?;
     }
     let queue = disk.queues.first_mut().context("the server has no queue")?;
-    for _ in 0..batches {
-        batch(queue, &disk.data, load)?;
+    for number in 0..batches {
+        batch(queue, &disk.data, load, number)?;
     }
     disk.detach()?;
     server.signal(Signal::SIGTERM)?;
@@ -136,9 +146,16 @@ fn serve(valgrind: Command, load: Load, batches: u32, socket: &Path, out: &Path)
 }
 
 /// Publishes a batch and waits until all of it is back.
-fn batch(queue: &mut BlockQueue, data: &client::Buffer, load: Load) -> Result<()> {
+fn batch(queue: &mut BlockQueue, data: &client::Buffer, load: Load, number: u32) -> Result<()> {
     for index in 0..usize::from(load.depth) {
-        let segment = data.segment(index * BLOCK, BLOCK)?;
+        let segment = match load.mappings {
+            0 => data.segment(index * BLOCK, BLOCK)?,
+            mappings => {
+                let request = number * u32::from(load.depth) + index as u32;
+                // Anywhere among them: a multiplication by a number that is prime to most.
+                scattered((u64::from(request) * 2_654_435_761 % u64::from(mappings)) as u32)
+            }
+        };
         queue.submit(&BlockRequest { kind: load.kind, sector: (index * BLOCK / 512) as u64, data: &[segment] })?;
     }
     queue.publish()?;
@@ -196,8 +213,10 @@ impl Profile {
 
     /// How often the queue was given a round.
     fn rounds(&self) -> Result<u64> {
-        let rounds = self.calls.get(ROUND).copied().unwrap_or(0);
-        ensure!(rounds > 0, "callgrind has seen no call of {ROUND}: has it another name now?");
+        let [begin, end] = ROUND;
+        let is_round = |name: &&String| name.starts_with(begin) && name.ends_with(end);
+        let rounds = self.calls.iter().filter(|(name, _)| is_round(name)).map(|(_, calls)| calls).sum();
+        ensure!(rounds > 0, "callgrind has seen no call of {begin}...{end}: has it another name now?");
         Ok(rounds)
     }
 }

@@ -71,7 +71,7 @@ pub(super) struct Driver<'a> {
 
 impl<'a> Driver<'a> {
     pub(super) fn new(queue: &'a mut BlockQueue, data: &Buffer, load: Load) -> Result<Self> {
-        let blocks = (0..usize::from(queue.ring().memory().size()))
+        let blocks = (0..usize::from(queue.ring().size()))
             .map(|entry| data.segment(entry * BLOCK, BLOCK))
             .collect::<Result<_, _>>()?;
         Ok(Self { queue, blocks, load, random: Random::new(), in_flight: 0 })

@@ -3,8 +3,10 @@
 use super::Mutant;
 use crate::models::Suite;
 
-const RING: &str = "virtio/src/queue/ring.rs";
+const RING: &str = "virtio/src/queue/ring/split.rs";
+const PACKED_RING: &str = "virtio/src/queue/ring/packed.rs";
 const SPLIT: &str = "virtio/src/queue/split.rs";
+const PACKED: &str = "virtio/src/queue/packed.rs";
 const EVENT_IDX: &str = "virtio/src/queue/event_idx.rs";
 const WAKEUP: &str = "server/src/worker/wakeup.rs";
 const VECTOR: &str = "pci/src/interrupts/vector.rs";
@@ -16,7 +18,12 @@ const WORKER_MODELS: &[Suite] = &[Suite::Models("vfio-user-blk")];
 const PCI_MODELS: &[Suite] = &[Suite::Models("pci")];
 
 /// What kvmtool had in place of the full barrier, and its other half.
-pub(super) const WRITE_BARRIERS: [&str; 2] = ["publish: fence becomes Release", "arm: fence becomes Release"];
+pub(super) const WRITE_BARRIERS: [&str; 4] = [
+    "publish: fence becomes Release",
+    "arm: fence becomes Release",
+    "packed publish: fence becomes Release",
+    "packed arm: fence becomes Release",
+];
 
 /// A full barrier.
 struct Fence {
@@ -29,7 +36,7 @@ struct Fence {
     killers: &'static [Suite],
 }
 
-const FENCES: [Fence; 6] = [
+const FENCES: [Fence; 8] = [
     Fence {
         name: "publish",
         file: RING,
@@ -44,6 +51,22 @@ const FENCES: [Fence; 6] = [
         function: "fn arm(",
         text: "self.memory.fence(Ordering::SeqCst);",
         store: Some("if self.event_idx {"),
+        killers: VIRTIO_MODELS,
+    },
+    Fence {
+        name: "packed publish",
+        file: PACKED_RING,
+        function: "fn publish(",
+        text: "self.memory.fence(Ordering::SeqCst);",
+        store: Some("self.memory.write_used(first.index(), used(first, id, len), Ordering::Release);"),
+        killers: VIRTIO_MODELS,
+    },
+    Fence {
+        name: "packed arm",
+        file: PACKED_RING,
+        function: "fn arm(",
+        text: "self.memory.fence(Ordering::SeqCst);",
+        store: Some("self.memory.set_device_event(event);"),
         killers: VIRTIO_MODELS,
     },
     Fence {
@@ -110,6 +133,8 @@ fn others() -> Vec<Mutant> {
     let decide = "if wanted { Signal::Needed } else { Signal::Suppressed }";
     let recheck =
         "if self.memory.load(Field::AvailIdx, Ordering::Relaxed) == next_avail { Armed::Sleep } else { Armed::Work }";
+    let used = "self.memory.write_used(first.index(), used(first, id, len), Ordering::Release);";
+    let packed_recheck = "if flags & (AVAIL | USED) == next_avail.avail() { Armed::Work } else { Armed::Sleep }";
     let decided = "let decided = std::mem::replace(&mut self.decided, self.next_used);\n        self.ring.publish(self.next_used, decided)";
     let exchange = "match self.state.compare_exchange_weak(before, after, Ordering::AcqRel, Ordering::Acquire) {";
     vec![
@@ -154,11 +179,94 @@ fn others() -> Vec<Mutant> {
             &[("Ordering::Acquire", "Ordering::Relaxed")],
             VIRTIO_MODELS,
         ),
+        // The packed ring.
+        mutant(
+            "packed publish: fence with the event index only",
+            PACKED_RING,
+            "fn publish(",
+            &[(fence, only_event)],
+            VIRTIO_MODELS,
+        ),
+        mutant(
+            "packed publish: fence with the flags only",
+            PACKED_RING,
+            "fn publish(",
+            &[(fence, only_flags)],
+            VIRTIO_MODELS,
+        ),
+        mutant(
+            "packed publish: decided before the first descriptor is used",
+            PACKED_RING,
+            "fn publish(",
+            &[(used, ""), (decide, &format!("{used}\n        {decide}"))],
+            VIRTIO_MODELS,
+        ),
+        mutant(
+            "packed publish: the first descriptor's flags stored Relaxed",
+            PACKED_RING,
+            "fn publish(",
+            &[(used, &used.replace("Release", "Relaxed"))],
+            VIRTIO_MODELS,
+        ),
+        mutant(
+            "packed complete: the first descriptor used at once",
+            PACKED,
+            "fn give_back(",
+            &[(
+                "self.first = Some(Used { position, id, written });",
+                "self.first = Some(Used { position, id, written });\n            \
+                 self.ring.write_used(position, id, written);",
+            )],
+            VIRTIO_MODELS,
+        ),
+        mutant(
+            "packed arm: fence with the event index only",
+            PACKED_RING,
+            "fn arm(",
+            &[(fence, only_event)],
+            VIRTIO_MODELS,
+        ),
+        mutant("packed arm: fence with the flags only", PACKED_RING, "fn arm(", &[(fence, only_flags)], VIRTIO_MODELS),
+        mutant(
+            "packed arm: no second look",
+            PACKED_RING,
+            "fn arm(",
+            &[(packed_recheck, "Armed::Sleep")],
+            VIRTIO_MODELS,
+        ),
+        mutant(
+            "packed arm: asks for the descriptor after the next",
+            PACKED_RING,
+            "fn arm(",
+            &[("Descriptor(next_avail)", "Descriptor(next_avail.after(1, self.size()))")],
+            VIRTIO_MODELS,
+        ),
+        mutant(
+            "packed arm: asks for the descriptor a turn later",
+            PACKED_RING,
+            "fn arm(",
+            &[("Descriptor(next_avail)", "Descriptor(next_avail.after(self.size(), self.size()))")],
+            VIRTIO_MODELS,
+        ),
+        mutant(
+            "packed arm: leaves the structure",
+            PACKED_RING,
+            "fn arm(",
+            &[("self.memory.set_device_event(event);", "")],
+            VIRTIO_MODELS,
+        ),
+        mutant(
+            "packed pop: flags loaded Relaxed",
+            PACKED_RING,
+            "fn available(",
+            &[("Ordering::Acquire", "Ordering::Relaxed")],
+            VIRTIO_MODELS,
+        ),
         // Positions and arithmetic.
         mutant(
             "decided moves with signals only",
             SPLIT,
-            "pub fn publish(",
+            "fn publish(&mut self)",
             &[(
                 decided,
                 "let signal = self.ring.publish(self.next_used, self.decided);\n        \
@@ -173,6 +281,34 @@ fn others() -> Vec<Mutant> {
             EVENT_IDX,
             "pub fn passed(",
             &[("new.wrapping_sub(event).wrapping_sub(1) < new.wrapping_sub(old)", "event >= old && event < new")],
+            ARITHMETIC,
+        ),
+        mutant(
+            "passed in a ring: one descriptor more",
+            EVENT_IDX,
+            "pub fn passed_in_ring(",
+            &[("steps_to(event) < steps_to(new)", "steps_to(event) <= steps_to(new)")],
+            ARITHMETIC,
+        ),
+        mutant(
+            "passed in a ring: without the wrap counter",
+            EVENT_IDX,
+            "pub fn passed_in_ring(",
+            &[("if position.wrap() { 0 } else { size }", "0")],
+            ARITHMETIC,
+        ),
+        mutant(
+            "passed in a ring: an event that is not there",
+            EVENT_IDX,
+            "pub fn passed_in_ring(",
+            &[("u32::from(event.index()) < size && ", "")],
+            ARITHMETIC,
+        ),
+        mutant(
+            "packed: the wrap counter does not change",
+            PACKED_RING,
+            "pub fn after(",
+            &[("index as u16 | wrap ^ Self::WRAP", "index as u16 | wrap")],
             ARITHMETIC,
         ),
         // The worker.

@@ -1,19 +1,11 @@
-//! The shared memory of a split virtqueue, and the order in which both sides see it.
-//!
-//! A device and a driver each publish an index and then ask whether the other side wants to hear of it. Both do the same
-//! at the same time, so each may publish and still read what the other had said before: if neither then sees the other's
-//! news, neither wakes the other, and the guest sleeps for ever. That is the store-buffer pattern (the kernel's litmus test
-//! `SB+fencembonceonces`); only a full barrier between *our store* and *our load*, on both sides, rules it out. Release
-//! and Acquire do not: they order loads before stores and stores among themselves, never a store before a later load,
-//! and x86 does move such a load up.
-//!
-//! The barriers are inside [`SplitRing::publish`] and [`SplitRing::arm`], which decide, so that no caller can forget them.
+//! The shared memory of a split virtqueue (virtio 1.3 §2.7), and its two decisions.
 
 use std::sync::atomic::Ordering;
 
 use virtio_bindings::virtio_ring::{VRING_AVAIL_F_NO_INTERRUPT, VRING_USED_F_NO_NOTIFY};
 
-use super::event_idx;
+use super::{Armed, Signal};
+use crate::queue::event_idx;
 
 /// A 16-bit field of a split virtqueue (virtio 1.3 §2.7.6, §2.7.8).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -58,7 +50,7 @@ impl Descriptor {
 
 /// The memory of a split virtqueue: a guest's, or a model's.
 ///
-/// It only loads, stores and fences as it is told; what must be ordered, and why, is in this module.
+/// It only loads, stores and fences as it is told; what must be ordered, and why, is said in [`ring`](super).
 pub trait RingMemory {
     /// Entries: a power of two, at most 32768.
     fn size(&self) -> u16;
@@ -74,77 +66,55 @@ pub trait RingMemory {
     fn fence(&self, order: Ordering);
 }
 
-/// The answer to: does the driver want an interrupt for what was just published?
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[must_use = "a signal that is needed and not sent leaves the guest asleep"]
-pub enum Signal {
-    /// Yes.
-    Needed,
-    /// The driver asked for none.
-    Suppressed,
-    /// Nothing new was published.
-    Idle,
-}
-
-/// The answer to: may this queue's worker go to sleep?
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[must_use = "a worker that sleeps in spite of work sleeps for ever"]
-pub enum Armed {
-    /// Yes: whatever the driver adds from now on, it will kick for.
-    Sleep,
-    /// No: there are entries already, for which no kick may come.
-    Work,
-}
-
 /// A split virtqueue's memory and the rules of its notifications.
 #[derive(Debug)]
-pub(super) struct SplitRing<M> {
+pub(in crate::queue) struct SplitRing<M> {
     memory: M,
     event_idx: bool,
 }
 
 impl<M> SplitRing<M> {
-    pub(super) fn with_memory<N>(self, memory: N) -> SplitRing<N> {
+    pub(in crate::queue) fn with_memory<N>(self, memory: N) -> SplitRing<N> {
         SplitRing { memory, event_idx: self.event_idx }
     }
 }
 
 impl<M: RingMemory> SplitRing<M> {
-    pub(super) fn new(memory: M, event_idx: bool) -> Self {
+    pub(in crate::queue) fn new(memory: M, event_idx: bool) -> Self {
         Self { memory, event_idx }
     }
 
-    pub(super) fn memory(&self) -> &M {
+    pub(in crate::queue) fn memory(&self) -> &M {
         &self.memory
     }
 
     #[inline(always)]
-    pub(super) fn size(&self) -> u16 {
+    pub(in crate::queue) fn size(&self) -> u16 {
         self.memory.size()
     }
 
     /// The driver's index. What it published before that index is visible afterwards: heads and descriptors.
     #[inline(always)]
-    pub(super) fn avail_idx(&self) -> u16 {
+    pub(in crate::queue) fn avail_idx(&self) -> u16 {
         self.memory.load(Field::AvailIdx, Ordering::Acquire)
     }
 
     /// The head that the driver put into `slot`, which must lie before [`avail_idx`](Self::avail_idx).
     #[inline(always)]
-    pub(super) fn avail_head(&self, slot: u16) -> u16 {
+    pub(in crate::queue) fn avail_head(&self, slot: u16) -> u16 {
         self.memory.load(Field::AvailRing(slot), Ordering::Relaxed)
     }
 
     /// Fills a used element; the driver sees it once [`publish`](Self::publish) has moved the index beyond it.
     #[inline(always)]
-    pub(super) fn write_used(&self, slot: u16, head: u16, len: u32) {
+    pub(in crate::queue) fn write_used(&self, slot: u16, head: u16, len: u32) {
         self.memory.write_used_element(slot, head, len);
     }
 
     /// Publishes all used elements before `used_idx` and decides whether to interrupt. `decided` is the index that was
     /// published at the decision before this one.
     #[inline(always)]
-    pub(super) fn publish(&self, used_idx: u16, decided: u16) -> Signal {
+    pub(in crate::queue) fn publish(&self, used_idx: u16, decided: u16) -> Signal {
         // Release: the elements, statuses and data before the index.
         self.memory.store(Field::UsedIdx, used_idx, Ordering::Release);
         // ORDERING: our store is used.idx, our load is used_event (or avail.flags). The driver's pair, before it
@@ -162,7 +132,7 @@ impl<M: RingMemory> SplitRing<M> {
 
     /// Asks the driver for a kick when it adds the entry `next_avail`, and looks whether it has done so already.
     #[inline(always)]
-    pub(super) fn arm(&self, next_avail: u16) -> Armed {
+    pub(in crate::queue) fn arm(&self, next_avail: u16) -> Armed {
         if self.event_idx {
             self.memory.store(Field::AvailEvent, next_avail, Ordering::Relaxed);
         } else {
@@ -179,7 +149,7 @@ impl<M: RingMemory> SplitRing<M> {
     /// Asks for no kicks, as far as that can be said: a hint that needs no barrier. With the event index nothing need be
     /// written: the driver has passed `avail_event`, and kicks no more until it is moved.
     #[inline(always)]
-    pub(super) fn disarm(&self) {
+    pub(in crate::queue) fn disarm(&self) {
         if !self.event_idx {
             self.memory.store(Field::UsedFlags, VRING_USED_F_NO_NOTIFY as u16, Ordering::Relaxed);
         }
