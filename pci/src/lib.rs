@@ -9,6 +9,21 @@
 //! The crate knows no file descriptor, no thread and no virtio.
 
 #![forbid(unsafe_code)]
+// What comes from outside must not be able to panic or to overflow.
+#![cfg_attr(
+    not(test),
+    deny(
+        clippy::arithmetic_side_effects,
+        clippy::expect_used,
+        clippy::indexing_slicing,
+        clippy::panic,
+        clippy::string_slice,
+        clippy::todo,
+        clippy::unimplemented,
+        clippy::unreachable,
+        clippy::unwrap_used
+    )
+)]
 
 mod config;
 mod interrupts;

@@ -25,7 +25,7 @@ impl Region {
     /// How many regions a function has, absent ones included.
     pub const COUNT: usize = 8;
 
-    const ALL: [Region; Region::COUNT] = [
+    pub(crate) const ALL: [Region; Region::COUNT] = [
         Region::Bar0,
         Region::Bar1,
         Region::Bar2,

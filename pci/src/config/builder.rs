@@ -152,19 +152,18 @@ impl ConfigSpaceBuilder {
     pub fn capability(&mut self, capability: Capability<'_>) -> Result<usize, BuildError> {
         let Capability { id, body, writable } = capability;
         let offset = self.free;
-        let length = body.len().saturating_add(2);
+        let (link, start) = (offset.saturating_add(1), offset.saturating_add(2));
         // Capabilities start at multiples of 4 (6.7).
-        let end = offset.saturating_add(length).next_multiple_of(4);
-        if end > SIZE {
-            return Err(BuildError::CapabilitySpace { id, length, offset });
-        }
+        let end = start.saturating_add(body.len()).checked_next_multiple_of(4);
+        let Some(end) = end.filter(|end| *end <= SIZE) else {
+            return Err(BuildError::CapabilitySpace { id, length: body.len().saturating_add(2), offset });
+        };
         let registers = &mut self.space.registers;
         registers.declare(offset, &[id, 0]);
-        registers.declare(offset + 2, body);
-        let writable = &writable[..writable.len().min(body.len())];
-        registers.declare_writable(offset + 2, writable);
+        registers.declare(start, body);
+        registers.declare_writable(start, writable.get(..body.len()).unwrap_or(writable));
         registers.declare(self.link, &[offset as u8]);
-        self.link = offset + 1;
+        self.link = link;
         self.free = end;
         Ok(offset)
     }
@@ -175,10 +174,11 @@ impl ConfigSpaceBuilder {
     }
 
     fn declare_bar(&mut self, bar: usize, size: u32) {
-        if let Some(slot) = self.space.bars.get_mut(bar) {
+        let registers = (BARS..).step_by(4);
+        if let Some((slot, register)) = self.space.bars.iter_mut().zip(registers).nth(bar) {
             *slot = size;
+            let writable = !size.wrapping_sub(1);
+            self.space.registers.declare_writable(register, &writable.to_le_bytes());
         }
-        let writable = !size.wrapping_sub(1);
-        self.space.registers.declare_writable(BARS + 4 * bar, &writable.to_le_bytes());
     }
 }

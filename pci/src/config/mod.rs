@@ -46,20 +46,21 @@ impl ConfigSpace {
 
     /// The size in bytes of every region, by index.
     pub fn regions(&self) -> [u64; Region::COUNT] {
-        let mut sizes = [0; Region::COUNT];
-        for (size, bar) in sizes.iter_mut().zip(self.bars) {
-            *size = bar.into();
-        }
-        sizes[Region::Config.index()] = SIZE as u64;
-        sizes
+        Region::ALL.map(|region| match region {
+            Region::Config => SIZE as u64,
+            bar => self.bars.get(bar.index()).copied().unwrap_or(0).into(),
+        })
     }
 
     /// Reads `data.len()` bytes at `offset`.
     pub fn read(&self, offset: u64, data: &mut [u8]) -> Result<(), AccessError> {
         let range = Region::Config.range(SIZE as u64, offset, data.len())?;
-        data.copy_from_slice(self.registers.bytes(range.clone()));
-        if range.contains(&STATUS) && self.interrupts.intx_asserted() {
-            data[STATUS - range.start] |= STATUS_INTERRUPT;
+        let status = STATUS.checked_sub(range.start);
+        data.copy_from_slice(self.registers.bytes(range));
+        if let Some(status) = status.and_then(|at| data.get_mut(at))
+            && self.interrupts.intx_asserted()
+        {
+            *status |= STATUS_INTERRUPT;
         }
         Ok(())
     }

@@ -42,8 +42,8 @@ impl Registers {
     }
 
     pub(crate) fn u16(&self, offset: usize) -> u16 {
-        let byte = |at| u16::from(self.bytes.get(at).copied().unwrap_or(0));
-        byte(offset) | byte(offset + 1) << 8
+        let bytes = self.bytes.get(offset..).and_then(<[u8]>::first_chunk);
+        bytes.copied().map_or(0, u16::from_le_bytes)
     }
 
     /// A client's write: changes the writable bits, clears those that a 1 clears.

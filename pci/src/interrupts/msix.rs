@@ -173,16 +173,17 @@ impl Msix {
     pub(crate) fn read_table(&self, offset: usize, data: &mut [u8]) {
         let control = self.lock();
         for (at, byte) in (offset..).zip(data) {
-            *byte = control.entries.get(at / ENTRY).map_or(0, |entry| entry.registers[at % ENTRY]);
+            *byte =
+                control.entries.get(at / ENTRY).and_then(|entry| entry.registers.get(at % ENTRY)).copied().unwrap_or(0);
         }
     }
 
     pub(crate) fn write_table(&self, offset: usize, data: &[u8]) {
         let mut control = self.lock();
         for (at, byte) in (offset..).zip(data) {
-            if let Some(entry) = control.entries.get_mut(at / ENTRY) {
-                let writable = ENTRY_WRITABLE[at % ENTRY];
-                let register = &mut entry.registers[at % ENTRY];
+            if let Some(entry) = control.entries.get_mut(at / ENTRY)
+                && let Some((register, writable)) = entry.registers.iter_mut().zip(ENTRY_WRITABLE).nth(at % ENTRY)
+            {
                 *register = (*register & !writable) | (byte & writable);
                 entry.written = true;
             }

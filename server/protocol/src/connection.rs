@@ -25,8 +25,8 @@ impl Default for Limits {
     /// The default data transfer of 1 MiB and a page for what surrounds it, the 16 file descriptors
     /// that QEMU takes at most, and two of the largest messages waiting.
     fn default() -> Limits {
-        let max_message_size = DEFAULT_MAX_DATA_XFER_SIZE as usize + 4096;
-        Limits { max_message_size, max_msg_fds: 16, max_pending: 2 * max_message_size }
+        const MAX_MESSAGE_SIZE: usize = DEFAULT_MAX_DATA_XFER_SIZE as usize + 4096;
+        Limits { max_message_size: MAX_MESSAGE_SIZE, max_msg_fds: 16, max_pending: 2 * MAX_MESSAGE_SIZE }
     }
 }
 

@@ -13,6 +13,21 @@
 //! titles cited here are those of the vfio-user specification (`docs/interop/vfio-user.rst` in QEMU).
 
 #![deny(unsafe_code)]
+// What comes from outside must not be able to panic or to overflow.
+#![cfg_attr(
+    not(test),
+    deny(
+        clippy::arithmetic_side_effects,
+        clippy::expect_used,
+        clippy::indexing_slicing,
+        clippy::panic,
+        clippy::string_slice,
+        clippy::todo,
+        clippy::unimplemented,
+        clippy::unreachable,
+        clippy::unwrap_used
+    )
+)]
 
 mod command;
 mod connection;

@@ -99,7 +99,7 @@ impl Receiver {
     /// # Errors
     /// Any error ends the connection.
     pub fn receive(&mut self) -> Result<Received<'_>, ConnectionError> {
-        let mut discarded = 0;
+        let mut discarded = 0_usize;
         while self.header_len < Header::SIZE {
             match self.read_header()? {
                 Progress::Bytes(_) => {}
@@ -116,7 +116,7 @@ impl Receiver {
                 return Ok(Received::WouldBlock);
             }
             match self.read_payload(expected)? {
-                Progress::Bytes(len) => discarded += len,
+                Progress::Bytes(len) => discarded = discarded.saturating_add(len),
                 Progress::WouldBlock => return Ok(Received::WouldBlock),
                 Progress::End => return Err(ConnectionError::Truncated),
             }
@@ -141,7 +141,7 @@ impl Receiver {
         let window = self.header.get_mut(self.header_len..).unwrap_or_default();
         let progress = read(&self.stream, window, &mut self.control, &mut self.fds, &mut self.refusal, self.limits)?;
         if let Progress::Bytes(len) = progress {
-            self.header_len += len;
+            self.header_len = self.header_len.saturating_add(len);
             if self.header_len == Header::SIZE {
                 self.prepare_payload()?;
             }
@@ -171,14 +171,14 @@ impl Receiver {
     }
 
     fn read_payload(&mut self, expected: usize) -> Result<Progress, ConnectionError> {
-        let missing = expected - self.payload_len;
+        let missing = expected.saturating_sub(self.payload_len);
         // What will be refused is read over and over into the front.
         let start = if self.refusal.is_some() { 0 } else { self.payload_len };
         let end = start.saturating_add(missing).min(self.buffer.len());
         let window = self.buffer.get_mut(start..end).unwrap_or_default();
         let progress = read(&self.stream, window, &mut self.control, &mut self.fds, &mut self.refusal, self.limits)?;
         if let Progress::Bytes(len) = progress {
-            self.payload_len += len;
+            self.payload_len = self.payload_len.saturating_add(len);
         }
         Ok(progress)
     }
@@ -213,7 +213,7 @@ fn read(
     };
     if chunk.truncated {
         refusal.get_or_insert(Errno::EMFILE);
-    } else if fds.len() + chunk.fds.len() > limits.max_msg_fds {
+    } else if fds.len().saturating_add(chunk.fds.len()) > limits.max_msg_fds {
         refusal.get_or_insert(Errno::E2BIG);
     }
     if refusal.is_none() {

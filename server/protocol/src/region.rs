@@ -170,9 +170,11 @@ impl RegionIoFds {
         let argsz = fields.argsz(RegionIoFds::SIZE)?;
         let (_flags, index, count) = (fields.u32()?, fields.u32()?, fields.u32()?);
         let mut sub_regions = Vec::new();
-        if count != 0 && argsz as usize <= payload.len() {
-            // The specification lets the entries grow: their size follows from the whole.
-            let stride = (argsz - RegionIoFds::SIZE) / count;
+        // The specification lets the entries grow: their size follows from the whole.
+        let stride = argsz.saturating_sub(RegionIoFds::SIZE).checked_div(count);
+        if let Some(stride) = stride
+            && argsz as usize <= payload.len()
+        {
             if stride < RegionIoFds::SUB_REGION_SIZE {
                 return Err(Errno::EINVAL);
             }
@@ -304,7 +306,7 @@ impl<'a> RegionWrites<'a> {
         let mut fields = Fields::new(payload);
         let wr_cnt = usize::try_from(fields.u64()?).map_err(|_| Errno::EINVAL)?;
         let wrs = fields.rest();
-        if wr_cnt > RegionWrites::MAX_COUNT || wrs.len() != wr_cnt * RegionWrites::WR_SIZE {
+        if wr_cnt > RegionWrites::MAX_COUNT || wr_cnt.checked_mul(RegionWrites::WR_SIZE) != Some(wrs.len()) {
             return Err(Errno::EINVAL);
         }
         let writes = RegionWrites { wrs };

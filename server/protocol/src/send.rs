@@ -105,8 +105,8 @@ impl Sender {
             let bytes = unsent.bytes.get(unsent.sent..).unwrap_or_default();
             let fds: Vec<RawFd> = unsent.fds.iter().map(AsRawFd::as_raw_fd).collect();
             let sent = send(&self.stream, bytes, &fds)?;
-            self.pending_len -= sent;
-            unsent.sent += sent;
+            self.pending_len = self.pending_len.saturating_sub(sent);
+            unsent.sent = unsent.sent.saturating_add(sent);
             if sent > 0 {
                 unsent.fds.clear();
             }

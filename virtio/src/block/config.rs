@@ -142,7 +142,7 @@ impl BlockDevice {
         let write_zeroes = config.write_zeroes.unwrap_or(WriteZeroes { max_sectors: 0, may_unmap: false });
         let mut bytes = [0; CONFIG_LEN];
         let mut put = |at: usize, value: &[u8]| {
-            if let Some(field) = bytes.get_mut(at..at + value.len()) {
+            if let Some(field) = bytes.get_mut(at..at.saturating_add(value.len())) {
                 field.copy_from_slice(value);
             }
         };

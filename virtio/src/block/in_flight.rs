@@ -1,14 +1,14 @@
 //! Which requests are in flight.
 
-use crate::queue::Head;
+use crate::queue::{Head, Written};
 
 /// A request that the store is working on.
 #[derive(Debug)]
 pub struct Pending {
     /// Its place in the queue.
     pub head: Head,
-    /// Bytes to report as written if it succeeds.
-    pub written: u32,
+    /// What to report as written if it succeeds.
+    pub written: Written,
 }
 
 /// The requests of one queue that are in flight, by tokens that their owner gives out.
@@ -30,7 +30,7 @@ impl InFlight {
         if let Some(slot) = self.slots.get_mut(usize::from(token)) {
             debug_assert!(slot.is_none());
             *slot = Some(pending);
-            self.len += 1;
+            self.len = self.len.wrapping_add(1);
         }
     }
 
@@ -38,7 +38,7 @@ impl InFlight {
     #[inline]
     pub fn remove(&mut self, token: u16) -> Option<Pending> {
         let pending = self.slots.get_mut(usize::from(token))?.take()?;
-        self.len -= 1;
+        self.len = self.len.wrapping_sub(1);
         Some(pending)
     }
 

@@ -109,7 +109,7 @@ pub enum RequestError {
 ///
 /// # Errors
 /// If there is no header or no place for a status.
-#[inline]
+#[inline(always)]
 pub fn parse(buffers: &mut PinnedBuffers, limits: &Limits) -> Result<Request, RequestError> {
     let [kind, sector] = buffers.take_header().ok_or(RequestError::NoHeader)?;
     if !buffers.take_trailer() {
@@ -123,7 +123,7 @@ pub fn parse(buffers: &mut PinnedBuffers, limits: &Limits) -> Result<Request, Re
                 // A read that fails has not written its buffers from the first byte on, so it has written nothing.
                 len if !fits(len, sector, limits) => Request::Done { status: Status::IoErr, written: 0 },
                 0 => DONE(Status::Ok),
-                len => Request::Store { operation: Operation::Read { sector }, written: len as u32 + 1 },
+                len => Request::Store { operation: Operation::Read { sector }, written: (len as u32).wrapping_add(1) },
             }
         }
         VIRTIO_BLK_T_OUT if !limits.read_only => {
@@ -154,7 +154,7 @@ fn parse_other(kind: u32, buffers: &mut PinnedBuffers, limits: &Limits) -> Reque
             let len = buffers.copy_from_slice(0, &limits.serial) as u32;
             let whole = buffers.len() == u64::from(len);
             // Bytes beyond the serial stay as they are, so the status, which follows them, does not count then.
-            Request::Done { status: Status::Ok, written: if whole { len + 1 } else { len } }
+            Request::Done { status: Status::Ok, written: len.saturating_add(whole.into()) }
         }
         VIRTIO_BLK_T_DISCARD | VIRTIO_BLK_T_WRITE_ZEROES => {
             buffers.select_readable();
@@ -219,10 +219,10 @@ fn words(bytes: [u8; 16]) -> [u64; 2] {
 mod tests {
     use super::*;
     use crate::memory::{GuestMemory, MappedRing, RingAddresses, testing::guest_memory};
-    use crate::queue::{QueueState, RingFeatures, SplitQueue};
+    use crate::queue::{QueueState, RingFeatures, SplitQueue, Virtqueue};
 
     const BASE: u64 = 0x10_0000;
-    const RING: RingAddresses = RingAddresses { desc: BASE, avail: BASE + 0x1000, used: BASE + 0x2000 };
+    const RING: RingAddresses = RingAddresses { desc: BASE, driver: BASE + 0x1000, device: BASE + 0x2000 };
     const HEADER: u64 = BASE + 0x3000;
     /// The header once more.
     const ELSEWHERE: u64 = BASE + 0x3400;
@@ -256,7 +256,7 @@ mod tests {
             descriptor.extend((index + 1).to_le_bytes());
             memory.write(RING.desc + 16 * u64::from(index), &descriptor).unwrap();
         }
-        memory.write(RING.avail + 2, &1u16.to_le_bytes()).unwrap();
+        memory.write(RING.driver + 2, &1u16.to_le_bytes()).unwrap();
         let ring = MappedRing::new(&mut memory, RING, 16).unwrap();
         let mut queue = SplitQueue::new(ring, RingFeatures::default(), QueueState::default());
         let mut pinned = PinnedBuffers::default();
@@ -326,9 +326,10 @@ mod tests {
     /// The data is found wherever header, data and status are cut.
     #[test]
     fn framing_does_not_matter() {
-        // Header and data in one; header in three; data and status in one; zero-length pieces between.
-        let write: [&[(u64, u32, bool)]; 3] = [
+        // Header and data in one; header in three, neighbours or not; data and status in one; zero-length pieces between.
+        let write: [&[(u64, u32, bool)]; 4] = [
             &[(HEADER, 16 + 1024, false), (STATUS, 1, true)],
+            &[(HEADER, 3, false), (HEADER + 3, 12, false), (HEADER + 15, 1025, false), (STATUS, 1, true)],
             &[(HEADER, 3, false), (ELSEWHERE + 3, 12, false), (HEADER + 15, 1025, false), (STATUS, 1, true)],
             &[(HEADER, 0, false), (HEADER, 20, false), (HEADER + 20, 1020, false), (STATUS, 1, true), (DATA, 0, true)],
         ];
@@ -395,7 +396,7 @@ mod tests {
             memory.write(RING.desc + 8, &[(16 + len) as u8, 0, 0, 0, 1, 0, 1, 0]).unwrap();
             memory.write(RING.desc + 16, &STATUS.to_le_bytes()).unwrap();
             memory.write(RING.desc + 24, &[1, 0, 0, 0, 2, 0, 0, 0]).unwrap();
-            memory.write(RING.avail + 2, &[1, 0]).unwrap();
+            memory.write(RING.driver + 2, &[1, 0]).unwrap();
             let ring = MappedRing::new(&mut memory, RING, 16).unwrap();
             let mut queue = SplitQueue::new(ring, RingFeatures::default(), QueueState::default());
             let mut pinned = PinnedBuffers::default();

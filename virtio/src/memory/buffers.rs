@@ -65,6 +65,12 @@ impl PinnedBuffers {
         self.iovecs.len() > self.readable
     }
 
+    /// Whether there is a byte that the device may write besides the trailer.
+    #[inline]
+    pub fn has_writable_data(&self) -> bool {
+        !matches!(self.pieces().1, [] | [libc::iovec { iov_len: 0, .. }])
+    }
+
     /// Lets go of all pieces and pins.
     #[inline]
     pub fn clear(&mut self) {
@@ -90,14 +96,16 @@ impl PinnedBuffers {
         // SAFETY: the piece is mapped for reading, and has these bytes; any are a valid array.
         let words = unsafe { first.iov_base.cast::<Unaligned>().read_volatile() };
         first.iov_base = first.iov_base.wrapping_byte_add(16);
-        first.iov_len -= 16;
+        first.iov_len = first.iov_len.wrapping_sub(16);
         self.data.start = usize::from(first.iov_len == 0);
         Some(words.0.map(u64::from_le))
     }
 
     #[cold]
     fn gather_header(&mut self) -> Option<[u64; 2]> {
-        self.select(0..self.readable);
+        // Neighbours stay apart: what is selected later goes by the number of pieces.
+        self.data = 0..self.readable;
+        self.len = self.iovecs().iter().fold(0, |len, piece| len.wrapping_add(piece.iov_len as u64));
         let mut bytes = [0; 16];
         if self.copy_to_slice(0, &mut bytes) < bytes.len() {
             return None;
@@ -115,9 +123,9 @@ impl PinnedBuffers {
             return false;
         }
         let Some(last) = self.iovecs.last_mut() else { return false };
-        last.iov_len -= 1;
+        last.iov_len = last.iov_len.wrapping_sub(1); // no piece is empty
         self.trailer = NonNull::new(last.iov_base.cast::<u8>().wrapping_add(last.iov_len));
-        self.data.end = count - usize::from(last.iov_len == 0);
+        self.data.end = count.wrapping_sub((last.iov_len == 0).into());
         true
     }
 
@@ -157,20 +165,20 @@ impl PinnedBuffers {
     #[inline(never)]
     fn join(&mut self) -> u64 {
         let Range { start, end } = self.data.clone();
-        let mut len = 0;
+        let mut len = 0_u64;
         let mut kept = start;
         for next in start..end {
             let Some(&piece) = self.iovecs.get(next) else { break };
-            len += piece.iov_len as u64;
+            len = len.wrapping_add(piece.iov_len as u64); // of mapped memory, a thousand pieces: far from 2^64
             match self.iovecs.get_mut(start..kept).and_then(|pieces| pieces.last_mut()) {
                 Some(last) if last.iov_base.wrapping_byte_add(last.iov_len) == piece.iov_base => {
-                    last.iov_len += piece.iov_len;
+                    last.iov_len = last.iov_len.wrapping_add(piece.iov_len);
                 }
                 _ => {
                     if let Some(place) = self.iovecs.get_mut(kept) {
                         *place = piece;
                     }
-                    kept += 1;
+                    kept = kept.wrapping_add(1);
                 }
             }
         }
@@ -226,12 +234,12 @@ impl PinnedBuffers {
 
     /// Copies guest memory, from byte `offset` of the data on, to `into`; says how many bytes there were.
     pub fn copy_to_slice(&self, offset: u64, into: &mut [u8]) -> usize {
-        let mut done = 0;
+        let mut done = 0_usize;
         for slice in self.slices_from(offset) {
             let Some(rest) = into.get_mut(done..).filter(|rest| !rest.is_empty()) else {
                 break;
             };
-            done += slice.copy_to(rest);
+            done = done.saturating_add(slice.copy_to(rest));
         }
         done
     }
@@ -242,14 +250,14 @@ impl PinnedBuffers {
         if !self.writable() {
             return 0;
         }
-        let mut done = 0;
+        let mut done = 0_usize;
         for slice in self.slices_from(offset) {
             let Some(rest) = from.get(done..).filter(|rest| !rest.is_empty()) else {
                 break;
             };
-            let len = rest.len().min(slice.len());
-            slice.copy_from(&rest[..len]);
-            done += len;
+            let piece = rest.get(..slice.len()).unwrap_or(rest);
+            slice.copy_from(piece);
+            done = done.saturating_add(piece.len());
         }
         done
     }
@@ -268,18 +276,18 @@ impl PinnedBuffers {
     /// Takes the first `bytes` bytes off the data, after an I/O that ended short. More than there are empties it.
     pub fn advance(&mut self, bytes: u64) {
         let mut left = bytes.min(self.len);
-        self.len -= left;
-        let mut gone = 0;
+        self.len = self.len.saturating_sub(left);
+        let mut gone = 0_usize;
         for iovec in self.iovecs.get_mut(self.data.clone()).unwrap_or_default() {
             if left < iovec.iov_len as u64 {
                 iovec.iov_base = iovec.iov_base.wrapping_byte_add(left as usize);
-                iovec.iov_len -= left as usize;
+                iovec.iov_len = iovec.iov_len.saturating_sub(left as usize);
                 break;
             }
-            left -= iovec.iov_len as u64;
-            gone += 1;
+            left = left.saturating_sub(iovec.iov_len as u64);
+            gone = gone.saturating_add(1);
         }
-        self.data.start += gone;
+        self.data.start = self.data.start.saturating_add(gone);
     }
 
     /// Writes the byte that was set apart, if one was.
@@ -326,7 +334,7 @@ impl PinnedBuffers {
         self.slices().filter_map(move |slice| {
             let len = slice.len() as u64;
             let start = skip.min(len);
-            skip -= start;
+            skip = skip.saturating_sub(start);
             slice.offset(start as usize).ok().filter(|rest| !rest.is_empty())
         })
     }

@@ -2,11 +2,16 @@
 
 use std::fs::File;
 use std::os::unix::fs::MetadataExt;
-use std::sync::{Mutex, PoisonError};
+use std::ptr::NonNull;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::{fmt, io};
 
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use nix::sys::statfs::{HUGETLBFS_MAGIC, TMPFS_MAGIC, fstatfs};
+use vm_memory::mmap::MmapRegionError;
 use vm_memory::{FileOffset, MmapRegion};
+
+use super::fault::{Loss, Watched};
 
 /// Why a descriptor cannot serve as guest memory.
 #[derive(Debug, thiserror::Error)]
@@ -28,15 +33,50 @@ pub enum MemoryFileError {
     Map(#[from] io::Error),
 }
 
+/// Which file an open file is, and what for it was opened: two that are equal can be mapped as one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct FileIdentity {
+    device: u64,
+    inode: u64,
+    writable: bool,
+}
+
+impl FileIdentity {
+    /// Tells which file it is, and its length in bytes.
+    ///
+    /// # Errors
+    /// If it is no regular file, or the system does not tell.
+    pub fn of(file: &File) -> Result<(Self, u64), MemoryFileError> {
+        let metadata = file.metadata()?;
+        if !metadata.is_file() {
+            return Err(MemoryFileError::NotAFile);
+        }
+        let mode = OFlag::from_bits_truncate(fcntl(file, FcntlArg::F_GETFL).map_err(io::Error::from)?);
+        let writable = mode & OFlag::O_ACCMODE == OFlag::O_RDWR;
+        Ok((Self { device: metadata.dev(), inode: metadata.ino(), writable }, metadata.len()))
+    }
+}
+
+/// Whether a file's pages are this machine's memory alone: memfd, tmpfs, hugetlbfs. A page of any other file may be somebody
+/// else's to bring, such as a process's that serves a file system (FUSE), and whoever touches it waits for as long as that takes.
+///
+/// # Errors
+/// If the system does not tell.
+pub fn is_plain_memory(file: &File) -> Result<bool, MemoryFileError> {
+    let kind = fstatfs(file).map_err(io::Error::from)?.filesystem_type();
+    Ok([TMPFS_MAGIC, HUGETLBFS_MAGIC].contains(&kind))
+}
+
 /// A file of guest memory, mapped shared and whole.
 ///
 /// A guest's RAM is one file or a few, while its IOVA ranges can be tens of thousands (a guest with an
 /// IOMMU makes and drops one for each buffer): mapping the file once makes each further range a matter of arithmetic, spends
 /// no kernel mapping on it, and works for huge pages, where a range need not be aligned to the page size.
 pub struct MemoryFile {
+    /// Before the region, which it must not outlive.
+    watched: Option<Watched>,
     region: MmapRegion,
-    writable: bool,
-    inode: (u64, u64),
+    identity: FileIdentity,
     on_release: Mutex<Vec<Box<dyn FnOnce() + Send>>>,
 }
 
@@ -46,34 +86,37 @@ impl MemoryFile {
     /// # Errors
     /// If it is no regular file, is empty, or the system refuses.
     pub fn map(file: File) -> Result<Self, MemoryFileError> {
-        let metadata = file.metadata()?;
-        if !metadata.is_file() {
-            return Err(MemoryFileError::NotAFile);
-        }
-        let len = metadata.len();
+        let (identity, len) = FileIdentity::of(&file)?;
         let size = usize::try_from(len).map_err(|_| io::Error::from(io::ErrorKind::FileTooLarge))?;
         if size == 0 {
             return Err(MemoryFileError::TooShort { len, end: 1 });
         }
-        let mode = OFlag::from_bits_truncate(fcntl(&file, FcntlArg::F_GETFL).map_err(io::Error::from)?);
-        let writable = mode & OFlag::O_ACCMODE == OFlag::O_RDWR;
-        let prot = if writable { libc::PROT_READ | libc::PROT_WRITE } else { libc::PROT_READ };
+        let prot = if identity.writable { libc::PROT_READ | libc::PROT_WRITE } else { libc::PROT_READ };
         let region =
             MmapRegion::build(Some(FileOffset::new(file, 0)), size, prot, libc::MAP_SHARED | libc::MAP_NORESERVE)
-                .map_err(io::Error::other)?;
-        Ok(Self { region, writable, inode: (metadata.dev(), metadata.ino()), on_release: Mutex::default() })
+                .map_err(|error| match error {
+                    MmapRegionError::Mmap(error) => error,
+                    other => io::Error::other(other),
+                })?;
+        Ok(Self { watched: None, region, identity, on_release: Mutex::default() })
     }
 
-    /// Whether `file` is this very file, opened for the same access, and no longer than what is mapped.
-    ///
-    /// # Errors
-    /// If the system does not tell.
-    pub fn is(&self, file: &File) -> io::Result<bool> {
-        let metadata = file.metadata()?;
-        let mode = OFlag::from_bits_truncate(fcntl(file, FcntlArg::F_GETFL)?);
-        Ok((metadata.dev(), metadata.ino()) == self.inode
-            && metadata.len() <= self.len()
-            && (mode & OFlag::O_ACCMODE == OFlag::O_RDWR) == self.writable)
+    /// Has `loss` told when an access finds that bytes of the file are gone, and the access go on. It takes
+    /// [`outlive_lost_memory`](super::outlive_lost_memory); without, such an access ends the process.
+    #[must_use]
+    pub fn watched(mut self, loss: &Arc<Loss>) -> Self {
+        self.watched = NonNull::new(self.as_ptr()).map(|start| Watched::new(start, self.region.size(), loss));
+        self
+    }
+
+    /// The same for another mapping of the file's bytes, of which the caller takes care: `len` of them at `start`.
+    pub(super) fn watch(&self, start: NonNull<u8>, len: usize) -> Option<Watched> {
+        self.watched.as_ref().map(|watched| Watched::new(start, len, watched.loss()))
+    }
+
+    /// Whether the file of this identity, which is now `len` bytes long, is this very one, and no longer than what is mapped.
+    pub fn is(&self, identity: FileIdentity, len: u64) -> bool {
+        identity == self.identity && len <= self.len()
     }
 
     /// Mapped bytes.
@@ -88,7 +131,7 @@ impl MemoryFile {
 
     /// Whether the bytes may be written.
     pub fn writable(&self) -> bool {
-        self.writable
+        self.identity.writable
     }
 
     /// Where `piece` lies, in bytes from the start of the file; `None` if it is not a part of it.
@@ -101,7 +144,7 @@ impl MemoryFile {
     /// The bytes from `offset` on, `len` of them or as many as there are, for a system call; valid while `self` lives.
     pub fn piece(&self, offset: u64, len: u64) -> libc::iovec {
         let offset = offset.min(self.len());
-        let len = len.min(self.len() - offset);
+        let len = len.min(self.len().saturating_sub(offset));
         libc::iovec { iov_base: self.as_ptr().wrapping_add(offset as usize).cast(), iov_len: len as usize }
     }
 

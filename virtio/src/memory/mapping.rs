@@ -109,7 +109,7 @@ impl Mapping {
 
     fn check(iova: u64, len: u64, offset: u64) -> Result<(), MappingError> {
         // The last byte must have an address; the end, one past it, need not.
-        if len == 0 || iova.checked_add(len - 1).is_none() {
+        if len.checked_sub(1).and_then(|to_last| iova.checked_add(to_last)).is_none() {
             return Err(MappingError::Range { iova, len });
         }
         if !(iova.is_multiple_of(PAGE) && len.is_multiple_of(PAGE) && offset.is_multiple_of(PAGE)) {
@@ -131,7 +131,7 @@ impl Mapping {
 
     /// Last address; the end may have none.
     pub fn last(&self) -> u64 {
-        self.iova + (self.len - 1)
+        self.iova.wrapping_add(self.len).wrapping_sub(1)
     }
 
     /// Whether the client gave a file with the range.
@@ -160,7 +160,7 @@ impl Mapping {
             return None;
         }
         // `of_file` checked that the whole range lies within the mapped file, so this neither wraps nor leaves it.
-        Some((host.file.as_ptr().wrapping_add((host.offset + offset) as usize), left))
+        Some((host.file.as_ptr().wrapping_add(host.offset.wrapping_add(offset) as usize), left))
     }
 
     /// The file behind it.
@@ -172,7 +172,7 @@ impl Mapping {
     /// The file and the offset in it of `iova`, for a second mapping of the same bytes.
     pub(super) fn file_at(&self, iova: u64) -> Option<(&MemoryFile, u64)> {
         let host = self.host.as_ref()?;
-        Some((&host.file, host.offset + iova.checked_sub(self.iova)?))
+        Some((&host.file, host.offset.checked_add(iova.checked_sub(self.iova)?)?))
     }
 }
 

@@ -74,7 +74,7 @@ impl Window {
     fn host(&self, iova: u64, write: bool) -> Option<(*mut u8, u64)> {
         let offset = iova.wrapping_sub(self.iova);
         let len = if write { self.writable } else { self.readable };
-        (offset < len).then(|| (self.host.wrapping_add(offset as usize), len - offset))
+        (offset < len).then(|| (self.host.wrapping_add(offset as usize), len.wrapping_sub(offset)))
     }
 }
 
@@ -235,7 +235,7 @@ impl GuestMemory {
                 // SAFETY: `host` was given out by `self.last`, which is pinned, for `left >= piece` bytes and this access.
                 unsafe { buffers.push(host, piece as usize, access.write) };
             }
-            len -= piece;
+            len = len.saturating_sub(piece);
             iova = iova.wrapping_add(piece);
             if iova == 0 && len > 0 {
                 return Err(Unmapped::Nowhere { iova });

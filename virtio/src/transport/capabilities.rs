@@ -36,7 +36,7 @@ impl Window {
 
     /// Where the window starts in the BAR.
     pub(super) fn offset(self) -> usize {
-        self as usize * PAGE
+        (self as usize).saturating_mul(PAGE)
     }
 
     /// VIRTIO_PCI_CAP_*_CFG.
@@ -85,19 +85,16 @@ pub(super) fn declare(
     }
 
     let body = body(PCI_CFG, 0, 0, 0, &[0; PCI_CFG_LENGTH - PCI_CFG_DATA]);
-    let mut writable = [0; PCI_CFG_LENGTH - BODY];
-    for field in [CAP_BAR..CAP_BAR + 1, CAP_OFFSET..PCI_CFG_LENGTH] {
-        for at in field {
-            writable[at - BODY] = 0xff;
-        }
-    }
-    let capability = Capability { id: VENDOR_SPECIFIC, body: &body, writable: &writable };
+    let mut writable = [0; PCI_CFG_LENGTH];
+    writable[CAP_BAR] = 0xff;
+    writable[CAP_OFFSET..].fill(0xff);
+    let capability = Capability { id: VENDOR_SPECIFIC, body: &body, writable: &writable[BODY..] };
     Ok(PciCfg { offset: builder.capability(capability)? })
 }
 
 /// A struct virtio_pci_cap from cap_len on, with what follows it.
 fn body(cfg_type: u8, bar: u8, offset: usize, length: usize, tail: &[u8]) -> Vec<u8> {
-    let cap_len = (PCI_CFG_DATA + tail.len()) as u8;
+    let cap_len = PCI_CFG_DATA.saturating_add(tail.len()) as u8;
     let mut body = vec![cap_len, cfg_type, bar, 0, 0, 0];
     body.extend_from_slice(&(offset as u32).to_le_bytes());
     body.extend_from_slice(&(length as u32).to_le_bytes());
@@ -113,7 +110,7 @@ pub(super) struct PciCfg {
 
 impl PciCfg {
     pub(super) fn data(self) -> usize {
-        self.offset + PCI_CFG_DATA
+        self.offset.saturating_add(PCI_CFG_DATA)
     }
 
     /// Whether an access to configuration space is one to pci_cfg_data. A processor reaches
@@ -121,16 +118,15 @@ impl PciCfg {
     /// space, which must not have the side effects of a register behind the window.
     pub(super) fn is_accessed(self, offset: u64, length: usize) -> bool {
         let data = self.data() as u64;
-        (1..=4).contains(&length) && offset < data + 4 && offset.saturating_add(length as u64) > data
+        (1..=4).contains(&length) && offset < data.saturating_add(4) && offset.saturating_add(length as u64) > data
     }
 
     /// What the driver aimed the window at, if it is something: a BAR, an offset that is a multiple
     /// of the length, and a length of 1, 2 or 4 bytes.
     pub(super) fn target(self, config: &pci::ConfigSpace) -> Option<(Region, u64, usize)> {
-        let [bar] = *config.load(self.offset + CAP_BAR, 1) else { return None };
-        let word =
-            |at: usize| -> Option<u32> { config.load(self.offset + at, 4).try_into().ok().map(u32::from_le_bytes) };
-        let (offset, length) = (word(CAP_OFFSET)?, word(CAP_LENGTH)?);
+        let cap: &[u8; PCI_CFG_LENGTH] = config.load(self.offset, PCI_CFG_LENGTH).try_into().ok()?;
+        let word = |at: usize| cap.get(at..)?.first_chunk().copied().map(u32::from_le_bytes);
+        let (bar, offset, length) = (cap[CAP_BAR], word(CAP_OFFSET)?, word(CAP_LENGTH)?);
         if bar > 5 || !matches!(length, 1 | 2 | 4) || !offset.is_multiple_of(length) {
             return None;
         }

@@ -95,20 +95,17 @@ impl CommonConfig {
 
     pub(super) fn read(&self, offset: usize, data: &mut [u8]) {
         data.fill(0);
-        let access = offset..offset.saturating_add(data.len());
         for (field, bytes) in touched(offset, data.len()) {
-            let (from, to) = overlap(&bytes, &access);
-            data[to].copy_from_slice(&self.get(field).to_le_bytes()[from]);
+            let value = self.get(field).to_le_bytes();
+            overlap(value, &bytes, data.iter_mut(), offset).for_each(|(from, to)| *to = from);
         }
     }
 
     /// Effects are those of a function that is bus master; the caller knows whether it is.
     pub(super) fn write(&mut self, offset: usize, data: &[u8]) -> Effect {
-        let access = offset..offset.saturating_add(data.len());
         for (field, bytes) in touched(offset, data.len()) {
-            let (to, from) = overlap(&bytes, &access);
             let mut value = self.get(field).to_le_bytes();
-            value[to].copy_from_slice(&data[from]);
+            overlap(&mut value, &bytes, data, offset).for_each(|(to, from)| *to = *from);
             match self.set(field, u64::from_le_bytes(value)) {
                 Effect::None => {}
                 effect => return effect,

@@ -57,9 +57,13 @@ pub(super) fn touched(offset: usize, length: usize) -> impl Iterator<Item = (Fie
     FIELDS.into_iter().filter(move |(_, field)| field.start < end && offset < field.end)
 }
 
-/// The bytes that both ranges have, as ranges into either of them.
-pub(super) fn overlap(a: &Range<usize>, b: &Range<usize>) -> (Range<usize>, Range<usize>) {
-    let (start, end) = (a.start.max(b.start), a.end.min(b.end));
-    let end = end.max(start);
-    (start - a.start..end - a.start, start - b.start..end - b.start)
+/// Pairs the bytes of a register's value, which lies at `field`, with those of an access that starts at `offset`.
+pub(super) fn overlap<V: IntoIterator, A: IntoIterator>(
+    value: V,
+    field: &Range<usize>,
+    access: A,
+    offset: usize,
+) -> impl Iterator<Item = (V::Item, A::Item)> {
+    let value = value.into_iter().take(field.len()).skip(offset.saturating_sub(field.start));
+    value.zip(access.into_iter().skip(field.start.saturating_sub(offset)))
 }

@@ -158,7 +158,7 @@ impl VirtioPci {
     /// file descriptor or a page in place of messages.
     pub fn notify_address(&self, queue: u16) -> Option<(Region, u64)> {
         self.common.queue(queue)?;
-        let offset = Window::Notify.offset() + usize::from(queue) * NOTIFY_OFF_MULTIPLIER;
+        let offset = Window::Notify.offset().saturating_add(usize::from(queue) * NOTIFY_OFF_MULTIPLIER);
         Some((BAR, offset as u64))
     }
 

@@ -16,9 +16,9 @@ impl VirtioPci {
                 let mut at = BAR.range(BAR_SIZE.into(), offset, data.len())?.start;
                 let mut rest = data;
                 while let Some((window, offset)) = Window::at(at).filter(|_| !rest.is_empty()) {
-                    let (piece, tail) = rest.split_at_mut(rest.len().min(PAGE - offset));
+                    let (piece, tail) = rest.split_at_mut(rest.len().min(PAGE.saturating_sub(offset)));
                     self.read_window(window, offset, piece);
-                    at += piece.len();
+                    at = at.saturating_add(piece.len());
                     rest = tail;
                 }
                 Ok(())
@@ -39,8 +39,8 @@ impl VirtioPci {
             }
             Window::Device => {
                 let length = self.device.config_len().saturating_sub(offset).min(data.len());
-                if length > 0 {
-                    self.device.read_config(offset, &mut data[..length]);
+                if let Some(data @ [_, ..]) = data.get_mut(..length) {
+                    self.device.read_config(offset, data);
                 }
             }
             Window::Isr | Window::Notify => {}
@@ -54,12 +54,12 @@ impl VirtioPci {
                 let mut at = BAR.range(BAR_SIZE.into(), offset, data.len())?.start;
                 let mut rest = data;
                 while let Some((window, offset)) = Window::at(at).filter(|_| !rest.is_empty()) {
-                    let (piece, tail) = rest.split_at(rest.len().min(PAGE - offset));
+                    let (piece, tail) = rest.split_at(rest.len().min(PAGE.saturating_sub(offset)));
                     match self.write_window(window, offset, piece) {
                         Effect::None => {}
                         effect => return Ok(effect),
                     }
-                    at += piece.len();
+                    at = at.saturating_add(piece.len());
                     rest = tail;
                 }
                 Ok(Effect::None)
@@ -83,8 +83,8 @@ impl VirtioPci {
             }
             Window::Device if !self.common.is_resetting() => {
                 let length = self.device.config_len().saturating_sub(offset).min(data.len());
-                if length > 0 {
-                    self.device.write_config(offset, &data[..length]);
+                if let Some(data @ [_, ..]) = data.get(..length) {
+                    self.device.write_config(offset, data);
                 }
                 Effect::None
             }
