@@ -3,21 +3,28 @@
 //! Each test has its own server, disk image and guest. What the functions in the guests' scripts do is said in
 //! `src/guest/prelude.sh`.
 
+mod debian;
 mod devices;
 mod disconnect;
+mod firmware;
 mod first_path;
 mod hotplug;
 mod interrupts;
+mod iommu;
+mod lifecycle;
+mod linux;
+mod machines;
 mod read_only;
 mod reset;
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::sync::OnceLock;
 
 use anyhow::{Context, Result, anyhow};
 use tempfile::TempDir;
-use testbed::{Guest, Machine, Progress, Server, Testbed};
+use testbed::{Guest, Machine, Progress, Server, Testbed, output};
 
 const MIB: u64 = 1 << 20;
 
@@ -26,6 +33,11 @@ fn testbed() -> Result<&'static Testbed> {
     static TESTBED: OnceLock<Result<Testbed, String>> = OnceLock::new();
     let testbed = TESTBED.get_or_init(|| Testbed::open(&Progress::stderr()).map_err(|error| format!("{error:#}")));
     testbed.as_ref().map_err(|error| anyhow!(error.clone()))
+}
+
+/// Tells `cargo xtask guests` on standard output why a guest cannot do what a test is about.
+fn cannot_run(why: &str) {
+    println!("cannot run: {why}");
 }
 
 /// A server with one disk.
@@ -61,6 +73,22 @@ impl Disk {
     /// Boots `machine` with the disk, and runs `script`.
     fn boot(&self, machine: Machine, script: &str) -> Result<Guest> {
         testbed()?.boot(&machine.vfio_user(&self.socket()), script)
+    }
+
+    /// Asserts that the ext4 file system from byte `offset` of the image on is clean, and that what the guest's
+    /// `summed_files` wrote is in it.
+    fn assert_summed_files(&self, offset: u64) -> Result<()> {
+        let file_system = format!("{}?offset={offset}", self.image().display());
+        let check = testbed()?.e2fsck().arg("-fn").arg(&file_system).output()?;
+        assert!(check.status.success(), "{}", String::from_utf8_lossy(&check.stdout));
+
+        let found = tempfile::tempdir()?;
+        for request in ["rdump /written .", "dump /sums sums"] {
+            output(testbed()?.debugfs().args(["-R", request, &file_system]).current_dir(found.path()))?;
+        }
+        let sums = output(Command::new("sha256sum").args(["-c", "sums"]).current_dir(found.path()))?;
+        assert_eq!(sums.lines().filter(|line| line.ends_with(": OK")).count(), 8, "{sums}");
+        Ok(())
     }
 }
 
@@ -101,7 +129,7 @@ fn assert_every_queue_interrupts(guest: &Guest, queues: usize) -> Result<()> {
         let name = format!("virtio0-req.{queue}");
         let interrupt = interrupts.iter().find(|interrupt| interrupt.name == name);
         let interrupt = interrupt.with_context(|| format!("no {name} in {interrupts:?}"))?;
-        assert!(interrupt.chip.starts_with("PCI-MSIX"), "{interrupt:?}");
+        assert!(interrupt.chip.contains("PCI-MSI"), "{interrupt:?}");
         assert!(interrupt.count > 0, "{interrupt:?}");
     }
     assert_eq!(interrupts.len(), queues + 1, "the queues' and the configuration's: {interrupts:?}");

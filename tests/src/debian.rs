@@ -15,35 +15,76 @@ use crate::Progress;
 use crate::process::{output, run};
 use crate::progress::Step;
 
-/// The release that packages are taken from, newer ones from its backports.
-const RELEASE: &str = "trixie";
-const KEYRING: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
+pub(crate) const KEYRING: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
 const LOADER: &str = "usr/lib64/ld-linux-x86-64.so.2";
 /// Ceph keeps some of its libraries, which fio needs, to itself.
 const LIBRARIES: [&str; 2] = ["usr/lib/x86_64-linux-gnu", "usr/lib/x86_64-linux-gnu/ceph"];
+
+/// A part of Debian's archive.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Suite {
+    Bookworm,
+    Trixie,
+    TrixieBackports,
+}
+
+impl Suite {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Bookworm => "bookworm",
+            Self::Trixie => "trixie",
+            Self::TrixieBackports => "trixie-backports",
+        }
+    }
+
+    /// The suites that packages of this one may depend on, besides itself.
+    fn sources(self) -> &'static str {
+        match self {
+            Self::Bookworm => "bookworm",
+            Self::Trixie | Self::TrixieBackports => "trixie trixie-backports",
+        }
+    }
+}
+
+/// What the programs of a package run on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Architecture {
+    Amd64,
+    Arm64,
+}
+
+impl Architecture {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Amd64 => "amd64",
+            Self::Arm64 => "arm64",
+        }
+    }
+}
 
 /// The packages of a tree, with all that they depend on.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Packages {
     pub(crate) names: &'static [&'static str],
-    pub(crate) backports: bool,
+    pub(crate) suite: Suite,
+    pub(crate) architecture: Architecture,
 }
 
 impl Packages {
     /// What the tree is made of.
     pub(crate) fn manifest(&self) -> String {
-        format!("{}: {}\n", self.suite(), self.names.join(" "))
-    }
-
-    fn suite(&self) -> String {
-        format!("{RELEASE}{}", if self.backports { "-backports" } else { "" })
+        let architecture = match self.architecture {
+            Architecture::Amd64 => String::new(),
+            other => format!(" {}", other.name()),
+        };
+        format!("{}{architecture}: {}\n", self.suite.name(), self.names.join(" "))
     }
 
     /// Fetches the packages and unpacks them into `tree`. `downloads` holds what a later run can use again.
     pub(crate) fn install(&self, tree: &Path, downloads: &Path, progress: &Progress) -> Result<Tree> {
         ensure!(cfg!(target_arch = "x86_64"), "the packages are for x86-64 machines, and this is none");
-        let apt = Apt::update(downloads, progress)?;
-        let step = progress.step(format!("fetching {} from Debian {}", self.names.join(", "), self.suite()));
+        let apt = Apt::update(downloads, self, progress)?;
+        let step = progress.step(format!("fetching {} from Debian {}", self.names.join(", "), self.suite.name()));
         apt.download(self, &step)?;
         step.done("done");
         let archives = apt.archives()?;
@@ -107,23 +148,26 @@ impl Tree {
 /// apt-get with a state of its own.
 struct Apt {
     root: PathBuf,
+    architecture: &'static str,
 }
 
 impl Apt {
     /// Reads the package lists from the first of this machine's mirrors that has Debian's.
-    fn update(root: &Path, progress: &Progress) -> Result<Self> {
+    fn update(root: &Path, packages: &Packages, progress: &Progress) -> Result<Self> {
         ensure!(Path::new(KEYRING).exists(), "{KEYRING} is missing: install the package debian-archive-keyring");
         for folder in ["state/lists/partial", "cache/archives/partial"] {
             fs::create_dir_all(root.join(folder)).with_context(|| format!("cannot create {}", root.display()))?;
         }
         fs::write(root.join("status"), "").context("cannot write apt's status file")?;
-        let apt = Self { root: root.to_owned() };
+        let architecture = packages.architecture.name();
+        let suites = packages.suite.sources();
+        let apt = Self { root: root.to_owned(), architecture };
         let step = progress.step("reading Debian's package lists");
         let mut failures = String::new();
         for mirror in mirrors()? {
             let sources = format!(
-                "Types: deb\nURIs: {mirror}\nSuites: {RELEASE} {RELEASE}-backports\nComponents: main\n\
-                 Architectures: amd64\nSigned-By: {KEYRING}\nTargets: Packages\n"
+                "Types: deb\nURIs: {mirror}\nSuites: {suites}\nComponents: main\n\
+                 Architectures: {architecture}\nSigned-By: {KEYRING}\nTargets: Packages\n"
             );
             fs::write(apt.sources(), sources).context("cannot write apt's sources")?;
             match run(apt.get("update").arg("--error-on=any"), |_| {}) {
@@ -134,14 +178,14 @@ impl Apt {
                 Err(error) => failures = format!("{failures}\n{mirror}: {error}"),
             }
         }
-        bail!("no mirror of this machine's apt configuration gave Debian {RELEASE}: is the network up?{failures}")
+        bail!("no mirror of this machine's apt configuration gave Debian {suites}: is the network up?{failures}")
     }
 
     fn download(&self, packages: &Packages, step: &Step) -> Result<()> {
         let mut command = self.get("install");
         command
             .args(["--yes", "--download-only", "--no-install-recommends", "-o", "APT::Status-Fd=1"])
-            .args(["--target-release", &packages.suite()])
+            .args(["--target-release", packages.suite.name()])
             .args(packages.names);
         // "dlstatus:1:43.2100:Retrieving file 3 of 90"
         run(&command, |line| {
@@ -182,9 +226,8 @@ impl Apt {
             // This machine's pins and default release are about other packages.
             ("Dir::Etc::Preferences", "/dev/null".to_owned()),
             ("Dir::Etc::PreferencesParts", "/dev/null".to_owned()),
-            ("APT::Default-Release", RELEASE.to_owned()),
-            ("APT::Architecture", "amd64".to_owned()),
-            ("APT::Architectures", "amd64".to_owned()),
+            ("APT::Architecture", self.architecture.to_owned()),
+            ("APT::Architectures", self.architecture.to_owned()),
             ("Acquire::Languages", "none".to_owned()),
             // Root's apt downloads as the user _apt, who may not enter root's home.
             ("APT::Sandbox::User", "root".to_owned()),
@@ -199,7 +242,7 @@ impl Apt {
 }
 
 /// The mirrors in this machine's apt configuration that may be Debian's, the likeliest first.
-fn mirrors() -> Result<Vec<String>> {
+pub(crate) fn mirrors() -> Result<Vec<String>> {
     let mut command = Command::new("apt-get");
     command.args(["indextargets", "--format", "$(REPO_URI) $(RELEASE) $(COMPONENT)", "Identifier: Packages"]);
     let targets = output(command.env("LC_ALL", "C")).context(
@@ -247,9 +290,10 @@ mod tests {
 
     #[test]
     fn the_manifest_tells_one_set_of_packages_from_another() {
-        let one = Packages { names: &["a", "b"], backports: false };
+        let one = Packages { names: &["a", "b"], suite: Suite::Trixie, architecture: Architecture::Amd64 };
         assert_eq!(one.manifest(), "trixie: a b\n");
-        assert_ne!(one.manifest(), Packages { backports: true, ..one }.manifest());
+        assert_ne!(one.manifest(), Packages { suite: Suite::TrixieBackports, ..one }.manifest());
+        assert_ne!(one.manifest(), Packages { architecture: Architecture::Arm64, ..one }.manifest());
         assert_ne!(one.manifest(), Packages { names: &["a"], ..one }.manifest());
     }
 }

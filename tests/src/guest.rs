@@ -38,13 +38,13 @@ pub struct Guest {
 impl Guest {
     pub(crate) fn boot(testbed: &Testbed, machine: &Machine, script: &str) -> Result<Self> {
         let dir = tempfile::tempdir().context("cannot make a temporary folder")?;
-        let initramfs = write_initramfs(testbed, script, dir.path())?;
+        let start = testbed.start(machine, script, dir.path())?;
         let monitor = UnixListener::bind(dir.path().join("monitor")).context("cannot listen for QEMU's monitor")?;
         // QEMU gets the facts' serial port as its standard input: nothing to name, and it ends with QEMU.
         let (facts, theirs) = UnixStream::pair().context("cannot make a pair of sockets")?;
-        let mut command = testbed.qemu.command();
+        let mut command = testbed.qemu(machine)?.command();
         command
-            .args(machine.arguments(testbed.image.kernel(), &initramfs))
+            .args(machine.arguments(&start))
             .args(["-chardev", "file,id=console,path=/dev/stdout", "-serial", "chardev:console"])
             .args(["-chardev", "socket,id=facts,fd=0", "-serial", "chardev:facts"])
             .args(["-qmp", "unix:monitor"])
@@ -126,26 +126,20 @@ fn fact(line: &str) -> Option<(&str, &str)> {
     Some(line.split_once(' ').unwrap_or((line, "")))
 }
 
-fn write_initramfs(testbed: &Testbed, script: &str, dir: &Path) -> Result<std::path::PathBuf> {
-    let path = dir.join("initramfs");
-    let files = [
+/// What a guest's initramfs has beside its user space.
+pub(crate) fn files(script: &str) -> [(&'static str, u32, &str); 4] {
+    [
         ("init", 0o755, include_str!("guest/init.sh")),
+        ("run.sh", 0o755, include_str!("guest/run.sh")),
         ("prelude.sh", 0o644, include_str!("guest/prelude.sh")),
         ("script", 0o644, script),
-    ];
-    testbed.image.write_initramfs(&path, &files)?;
-    Ok(path)
+    ]
 }
 
 pub(crate) fn shell_command(testbed: &Testbed, machine: &Machine, dir: &Path) -> Result<String> {
-    let initramfs = write_initramfs(testbed, "set +eux; setsid cttyhack sh", dir)?;
-    let mut command: Command = testbed.qemu.command();
-    command.args(machine.arguments(testbed.image.kernel(), &initramfs)).args([
-        "-serial",
-        "mon:stdio",
-        "-serial",
-        "null",
-    ]);
+    let start = testbed.start(machine, "set +eux; setsid cttyhack sh", dir)?;
+    let mut command: Command = testbed.qemu(machine)?.command();
+    command.args(machine.arguments(&start)).args(["-serial", "mon:stdio", "-serial", "null"]);
     let words = std::iter::once(command.get_program()).chain(command.get_args());
     Ok(words.map(|word| quoted(&word.to_string_lossy())).collect::<Vec<_>>().join(" "))
 }

@@ -6,7 +6,7 @@ use anyhow::{Context, Result};
 
 use crate::Progress;
 use crate::cache::Cache;
-use crate::debian::{Packages, Tree};
+use crate::debian::{Architecture, Packages, Suite, Tree};
 use crate::process::output;
 
 /// One of Debian's programs.
@@ -66,13 +66,12 @@ impl Tool {
     }
 
     fn package(self) -> (Packages, &'static str) {
-        match self {
+        let (names, suite, program): (&'static [&'static str], _, _) = match self {
             // What is called valgrind is a script that starts this one.
-            Self::Valgrind => (Packages { names: &["valgrind"], backports: false }, "usr/bin/valgrind.bin"),
-            Self::Fio => (Packages { names: &["fio"], backports: false }, "usr/bin/fio"),
-            Self::QemuStorageDaemon => {
-                (Packages { names: &["qemu-utils"], backports: true }, "usr/bin/qemu-storage-daemon")
-            }
-        }
+            Self::Valgrind => (&["valgrind"], Suite::Trixie, "usr/bin/valgrind.bin"),
+            Self::Fio => (&["fio"], Suite::Trixie, "usr/bin/fio"),
+            Self::QemuStorageDaemon => (&["qemu-utils"], Suite::TrixieBackports, "usr/bin/qemu-storage-daemon"),
+        };
+        (Packages { names, suite, architecture: Architecture::Amd64 }, program)
     }
 }

@@ -1,8 +1,14 @@
-# What a guest's script may use, besides busybox, fio and mkfs.ext4.
+# What a guest's script may use, besides busybox, fio, kexec and mkfs.ext4; in a root file system, all of e2fsprogs.
+
+# The serial ports: the console, and the one for facts.
+CONSOLE=/dev/ttyS0 FACTS=/dev/ttyS1
+if [ -c /dev/ttyAMA0 ]; then
+    CONSOLE=/dev/ttyAMA0 FACTS=/dev/ttyAMA1
+fi
 
 # fact KEY VALUE...: tells the host, on a serial port of its own.
 fact() {
-    echo "$*" >/dev/ttyS1
+    echo "$*" >"$FACTS"
 }
 
 # disk_facts DISK: what the kernel sees of a disk (vda).
@@ -22,7 +28,7 @@ interrupt_facts() {
             count = 0
             for (cpu = 0; cpu < cpus; cpu++) count += $(cpu + 2)
             print "interrupt", $NF, $(cpus + 2), count
-        }' /proc/interrupts >/dev/ttyS1
+        }' /proc/interrupts >"$FACTS"
 }
 
 # fio_verify FOLDER SIZE: one job for each processor writes SIZE in random blocks of 4 KiB, and verifies what it reads
@@ -46,14 +52,27 @@ records() {
     done
 }
 
+# files_in FOLDER: makes the folder, and 8 files of 512 KiB in it, of random bytes.
+files_in() {
+    mkdir -p "$1"
+    for file in 1 2 3 4 5 6 7 8; do
+        dd if=/dev/urandom of="$1/$file" bs=256k count=2
+    done
+}
+
+# summed_files FOLDER: makes files in FOLDER/written, and FOLDER/sums of them, which the host compares with the image.
+summed_files() {
+    files_in "$1/written"
+    (cd "$1" && sha256sum written/* >sums)
+    sync
+}
+
 # files_survive_remount DISK FOLDER: makes ext4 and files on the disk, and reads the same after a remount.
 files_survive_remount() {
     mkfs.ext4 -q -F "/dev/$1"
     mkdir -p "$2"
     mount -t ext4 "/dev/$1" "$2"
-    for file in 1 2 3 4 5 6 7 8; do
-        dd if=/dev/urandom of="$2/$file" bs=256k count=2
-    done
+    files_in "$2"
     sha256sum "$2"/[1-8] >"/tmp/$1.sums"
     sync
     umount "$2"
