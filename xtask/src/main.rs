@@ -2,6 +2,8 @@
 
 mod bench;
 mod demo;
+mod fuzz;
+mod guests;
 mod models;
 mod mutants;
 mod test;
@@ -24,6 +26,8 @@ enum Command {
     Demo(demo::Options),
     /// Run every check and every test, as CI does.
     Test,
+    /// Boot every guest that QEMU can run from our disk or with it, and say which works.
+    Guests(guests::Options),
     /// Measure the server beside what the machine could do and what others do.
     Bench(bench::Options),
     /// Show that no wakeup is lost: models under loom, the event index, a short stress.
@@ -36,6 +40,8 @@ enum Command {
     },
     /// Weaken each ordering of the source, one at a time, and show that a test notices.
     Mutants(mutants::Options),
+    /// Have a fuzzer look for inputs that break what guests, clients and operators may say.
+    Fuzz(fuzz::Options),
     /// Fetch what demo and test need (QEMU, a guest) into ~/.cache/vfio-user-blk.
     Fetch,
 }
@@ -44,10 +50,12 @@ fn main() -> ExitCode {
     let result = match Arguments::parse().command {
         Command::Demo(options) => demo::run(&options).map(|()| ExitCode::SUCCESS),
         Command::Test => test::run(),
+        Command::Guests(options) => guests::run(&options),
         Command::Bench(options) => bench::run(&options),
         Command::Models => models::run(),
         Command::Stress { rounds } => models::stress(rounds),
         Command::Mutants(options) => mutants::run(&options),
+        Command::Fuzz(options) => fuzz::run(&options),
         Command::Fetch => Testbed::open(&Progress::stderr()).map(|testbed| {
             println!("ready: QEMU {}", testbed.qemu_version());
             ExitCode::SUCCESS

@@ -9,13 +9,15 @@ use anyhow::{Context, Result, ensure};
 use crate::cargo;
 
 /// What cargo runs, in this order: what fails quickly comes first, the guests last.
-const STEPS: [&str; 7] = [
+const STEPS: [&str; 9] = [
     "fmt --all --check",
+    "fmt --manifest-path tests/fuzz/Cargo.toml --check",
     "clippy --workspace --all-targets -- -D warnings",
     "test --workspace --exclude testbed --no-fail-fast",
     "xtask models",
     "xtask mutants",
     "xtask bench --check",
+    "xtask fuzz",
     "test --package testbed --no-fail-fast",
 ];
 
