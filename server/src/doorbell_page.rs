@@ -4,6 +4,7 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 
+use nix::fcntl::{FcntlArg, SealFlag, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use pci::Region;
 use virtio::transport::VirtioPci;
@@ -29,9 +30,12 @@ impl DoorbellPage {
     pub(crate) fn new(function: &VirtioPci) -> io::Result<Self> {
         let (region, offset) = function.notify_address(0).ok_or(io::ErrorKind::NotFound)?;
         let offset = offset - offset % PAGE;
-        let file = File::from(memfd_create(c"doorbells", MFdFlags::MFD_CLOEXEC)?);
+        let file = File::from(memfd_create(c"doorbells", MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING)?);
         // A client maps the file as if it were the region: the pages before are there, and nobody ever touches them.
         file.set_len(offset + PAGE)?;
+        // It is each client's in turn: none may leave more in it than there was.
+        let seals = SealFlag::F_SEAL_GROW | SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_SEAL;
+        fcntl(&file, FcntlArg::F_ADD_SEALS(seals)).map_err(io::Error::from)?;
         Ok(Self { file, region, offset })
     }
 

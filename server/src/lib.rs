@@ -10,9 +10,12 @@ pub mod config;
 mod device;
 mod doorbell_page;
 mod listener;
+mod sandbox;
 mod server;
 mod session;
 mod worker;
 
 pub use listener::ListenError;
+pub use sandbox::{Sandbox, SandboxError};
 pub use server::{OpenError, ServeError, Server, StopHandle};
+pub use worker::PoolError;

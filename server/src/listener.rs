@@ -3,13 +3,17 @@
 use std::fs;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd};
-use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::socket::sockopt::PeerCredentials;
+use nix::sys::socket::{self, AddressFamily, Backlog, SockFlag, SockType, UnixAddr};
+use nix::unistd::{Gid, Group};
 
+use crate::config::DeviceConfig;
 use crate::session::Stop;
 
 /// Why a socket cannot be had.
@@ -22,6 +26,14 @@ pub enum ListenError {
     /// There is something else.
     #[error("{0}: exists and is not a socket; remove it, or choose another --socket-path")]
     NotASocket(PathBuf),
+    /// Nobody knows the group.
+    #[error("{path}: there is no group {group:?}; give --socket-group the name or the number of one")]
+    NoGroup {
+        /// The path of the socket.
+        path: PathBuf,
+        /// What was asked for.
+        group: String,
+    },
     /// The system refused.
     #[error("{path}: cannot listen there: {source}")]
     Io {
@@ -32,6 +44,9 @@ pub enum ListenError {
     },
 }
 
+/// How long a client waits that could not be accepted, in milliseconds.
+const RETRY_PAUSE: u16 = 100;
+
 /// A listening socket, removed from the file system with this.
 #[derive(Debug)]
 pub(crate) struct Listener {
@@ -39,21 +54,39 @@ pub(crate) struct Listener {
     path: PathBuf,
     /// Device and inode of what we made there: another server may have replaced it.
     made: (u64, u64),
+    /// The users that are served; `None` for all that the socket lets in.
+    allow_uids: Option<Vec<u32>>,
 }
 
 impl Listener {
-    /// Listens at `path`. What a dead server left there is replaced.
+    /// Listens where the device says, for whom it says. What a dead server left there is replaced.
     ///
     /// # Errors
     /// If a live server listens there, or something else lies there, or the system refuses.
-    pub(crate) fn bind(path: &Path) -> Result<Self, ListenError> {
-        let failed = |source| ListenError::Io { path: path.to_owned(), source };
+    pub(crate) fn bind(device: &DeviceConfig) -> Result<Self, ListenError> {
+        let path = &device.socket_path;
+        let failed = |source| ListenError::Io { path: path.clone(), source };
+        let refused = |errno: Errno| failed(errno.into());
+        let group = device.socket_group.as_deref().map(|group| find_group(path, group)).transpose()?;
         remove_stale(path)?;
-        let socket = UnixListener::bind(path).map_err(failed)?;
+        let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+        let socket = socket::socket(AddressFamily::Unix, SockType::Stream, flags, None).map_err(refused)?;
+        socket::bind(socket.as_raw_fd(), &UnixAddr::new(path).map_err(refused)?).map_err(refused)?;
         let metadata = fs::symlink_metadata(path).map_err(failed)?;
-        let path = std::path::absolute(path).map_err(failed)?;
-        let listener = Self { socket, path, made: (metadata.dev(), metadata.ino()) };
-        listener.socket.set_nonblocking(true).map_err(failed)?;
+        let listener = Self {
+            socket: socket.into(),
+            path: std::path::absolute(path).map_err(failed)?,
+            made: (metadata.dev(), metadata.ino()),
+            allow_uids: device.allow_uids.clone(),
+        };
+        if let Some(group) = group {
+            std::os::unix::fs::lchown(path, None, Some(group.as_raw())).map_err(failed)?;
+        }
+        if let Some(mode) = device.socket_mode() {
+            fs::set_permissions(path, fs::Permissions::from_mode(mode.bits())).map_err(failed)?;
+        }
+        // Only now: until here nobody could connect, whatever the umask has left of the permissions.
+        socket::listen(&listener.socket, Backlog::MAXCONN).map_err(refused)?;
         Ok(listener)
     }
 
@@ -79,16 +112,45 @@ impl Listener {
                 return Ok(None);
             }
             match self.socket.accept() {
-                Ok((stream, _)) => return Ok(Some(stream)),
+                Ok((stream, _)) if self.admits(&stream) => return Ok(Some(stream)),
+                Ok(_) => {}
                 // It went away again, or there are no descriptors just now: the next may have more luck.
                 Err(error) if transient(&error) => {
                     log::warn!("{}: cannot accept a client: {error}", self.path.display());
+                    // It is still there, and would be found at once.
+                    let _stopped = poll(&mut [PollFd::new(stop.as_fd(), PollFlags::POLLIN)], RETRY_PAUSE);
                 }
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
                 Err(error) => return Err(error),
             }
         }
     }
+
+    /// Whether the user at the other end is served: the one who connected, whoever has the socket now.
+    fn admits(&self, stream: &UnixStream) -> bool {
+        let Some(allowed) = &self.allow_uids else { return true };
+        match socket::getsockopt(stream, PeerCredentials) {
+            Ok(peer) if allowed.contains(&peer.uid()) => true,
+            Ok(peer) => {
+                let (name, uid, pid) = (self.path.display(), peer.uid(), peer.pid());
+                log::warn!("{name}: a client of uid {uid} (process {pid}) was refused: it is not among allow_uids");
+                false
+            }
+            Err(error) => {
+                log::warn!("{}: a client that does not say who it is was refused: {error}", self.path.display());
+                false
+            }
+        }
+    }
+}
+
+/// A group by its name, or else its number.
+fn find_group(path: &Path, group: &str) -> Result<Gid, ListenError> {
+    let found = Group::from_name(group)
+        .map_err(|errno| ListenError::Io { path: path.to_owned(), source: errno.into() })?
+        .map(|group| group.gid);
+    let number = || group.parse().ok().map(Gid::from_raw);
+    found.or_else(number).ok_or_else(|| ListenError::NoGroup { path: path.to_owned(), group: group.to_owned() })
 }
 
 fn transient(error: &io::Error) -> bool {
@@ -129,18 +191,22 @@ fn remove_stale(path: &Path) -> Result<(), ListenError> {
 mod tests {
     use super::*;
 
+    fn bind(path: &Path) -> Result<Listener, ListenError> {
+        Listener::bind(&DeviceConfig::new(path))
+    }
+
     #[test]
     fn a_stale_socket_is_replaced_and_a_live_one_is_not() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("blk.sock");
         drop(UnixListener::bind(&path).unwrap());
         assert!(path.exists(), "std leaves it there, as a killed server does");
-        let live = Listener::bind(&path).unwrap();
-        assert!(matches!(Listener::bind(&path), Err(ListenError::InUse(_))));
+        let live = bind(&path).unwrap();
+        assert!(matches!(bind(&path), Err(ListenError::InUse(_))));
         drop(live);
         assert!(!path.exists());
         fs::write(&path, "precious").unwrap();
-        assert!(matches!(Listener::bind(&path), Err(ListenError::NotASocket(_))));
+        assert!(matches!(bind(&path), Err(ListenError::NotASocket(_))));
         assert_eq!(fs::read(&path).unwrap(), b"precious");
     }
 
@@ -148,7 +214,7 @@ mod tests {
     fn another_servers_socket_is_left_alone() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("blk.sock");
-        let ours = Listener::bind(&path).unwrap();
+        let ours = bind(&path).unwrap();
         fs::remove_file(&path).unwrap();
         let _theirs = UnixListener::bind(&path).unwrap();
         drop(ours);

@@ -42,16 +42,17 @@ fn explain(error: &anyhow::Error) -> String {
 fn serve(arguments: ServeArgs) -> Result<()> {
     let mut config = match (arguments.config, arguments.device) {
         (Some(path), None) => ServerConfig::read(&path)?,
-        (None, Some(device)) => ServerConfig { workers: None, devices: vec![device] },
+        (None, Some(device)) => ServerConfig::new(vec![device]),
         _ => bail!("there is nothing to serve; give --socket-path PATH or --config FILE"),
     };
-    config.workers = arguments.workers.or(config.workers);
+    config.override_with(arguments.server);
     // Before the first thread, so that none of them is interrupted in its place.
     let mut signals = Signals::new([SIGTERM, SIGINT]).context("cannot handle signals")?;
     let server = Server::start(&config)?;
     announce(&server).context("cannot write to standard output")?;
-    let stop = server.stop_handle();
+    let (stop, sandbox) = (server.stop_handle(), server.sandbox());
     thread::Builder::new().name("signals".into()).spawn(move || {
+        sandbox.enter();
         let mut stopping = false;
         for signal in signals.forever() {
             if stopping {
@@ -63,6 +64,8 @@ fn serve(arguments: ServeArgs) -> Result<()> {
             stop.stop();
         }
     })?;
+    // The last of all threads; nothing but waiting is left.
+    server.sandbox().enter();
     Ok(server.join()?)
 }
 

@@ -7,21 +7,25 @@ use std::thread::{self, JoinHandle};
 
 use virtio::block::{BlockConfig, BlockDevice, Discard, SERIAL_LEN, WriteZeroes};
 use virtio::device::VirtioDevice;
+use virtio::memory::outlive_lost_memory;
 use virtio::transport::{Options, VirtioPci};
-use virtio_bindings::virtio_config::VIRTIO_F_IOMMU_PLATFORM;
+use virtio_bindings::virtio_config::{VIRTIO_F_IN_ORDER, VIRTIO_F_IOMMU_PLATFORM, VIRTIO_F_RING_PACKED};
 
 use crate::backend::file::{self, FileOptions, FileStore};
 use crate::backend::memory::MemoryStore;
 use crate::backend::null::NullStore;
-use crate::backend::uring::{Uring, UringError, Waker};
+use crate::backend::uring::{SqPoll, Uring, UringError, UringOptions, Waker};
 use crate::backend::{SECTOR, Store, StoreInfo};
 use crate::block::BlockService;
-use crate::config::{Cache, DeviceConfig, Doorbell, InvalidDevice, ServerConfig, Size, StoreKind};
+use crate::config::{
+    Cache, DeviceConfig, Doorbell, InvalidDevice, InvalidServer, NumberList, ServerConfig, Size, StoreKind,
+};
 use crate::device::Device;
 use crate::doorbell_page::DoorbellPage;
 use crate::listener::{ListenError, Listener};
+use crate::sandbox::{Sandbox, SandboxError, ThreadKind};
 use crate::session::{Session, Stop};
-use crate::worker::Pool;
+use crate::worker::{Pool, PoolError, WorkerPlan};
 
 /// The most data segments of a request that we ask drivers to keep to, whatever the size of the queue.
 const MAX_SEGMENTS: u16 = 254;
@@ -36,6 +40,9 @@ const SESSION_STACK: usize = 256 << 10;
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum OpenError {
+    /// What is said of the workers.
+    #[error(transparent)]
+    Server(#[from] InvalidServer),
     /// The description of a device.
     #[error("{}: {source}", socket_path.display())]
     Invalid {
@@ -76,6 +83,12 @@ pub enum OpenError {
     /// The socket.
     #[error(transparent)]
     Listen(#[from] ListenError),
+    /// What the threads give up.
+    #[error(transparent)]
+    Sandbox(#[from] SandboxError),
+    /// The workers.
+    #[error(transparent)]
+    Workers(#[from] PoolError),
     /// Threads or descriptors.
     #[error("cannot start the server's threads: {0}")]
     Threads(#[source] io::Error),
@@ -116,6 +129,7 @@ impl StopHandle {
 pub struct Server {
     sessions: Vec<Serving>,
     stop: Arc<Stop>,
+    sandbox: Sandbox,
 }
 
 struct Serving {
@@ -125,26 +139,34 @@ struct Serving {
 }
 
 impl Server {
-    /// Opens all devices, listens, and starts to serve. Nothing is left behind if one of them fails.
+    /// Opens all devices, listens, and starts to serve. Nothing is left behind if one of them fails, but for the process's
+    /// handler of SIGBUS, see [`outlive_lost_memory`].
     ///
     /// # Errors
     /// The first thing that cannot be had.
     pub fn start(config: &ServerConfig) -> Result<Self, OpenError> {
-        let processors = thread::available_parallelism().map_or(1, usize::from);
-        let pool = Arc::new(Pool::new(config.workers.unwrap_or(processors)).map_err(OpenError::Threads)?);
+        config.check()?;
+        outlive_lost_memory().map_err(OpenError::Threads)?;
         let stop = Arc::new(Stop::new().map_err(OpenError::Threads)?);
         // All or nothing: the sockets appear once every store is open.
         let devices: Vec<_> = config.devices.iter().map(open_device).collect::<Result<_, _>>()?;
-        let listeners: Vec<_> =
-            config.devices.iter().map(|device| Listener::bind(&device.socket_path)).collect::<Result<_, _>>()?;
-        let mut server = Self { sessions: Vec::new(), stop: Arc::clone(&stop) };
+        let listeners: Vec<_> = config.devices.iter().map(Listener::bind).collect::<Result<_, _>>()?;
+        // From here on threads only serve what is open.
+        let folders: Vec<_> = listeners.iter().filter_map(|listener| listener.path().parent()).collect();
+        let sandbox = Sandbox::new(config.sandbox.unwrap_or_default(), &folders)?;
+        let pool = Arc::new(Pool::new(worker_plans(config), &sandbox)?);
+        let mut server = Self { sessions: Vec::new(), stop: Arc::clone(&stop), sandbox: sandbox.clone() };
         for ((device, description), listener) in devices.into_iter().zip(listeners) {
             let socket_path = listener.path().to_owned();
             let session = Session::new(device, listener, Arc::clone(&pool), Arc::clone(&stop));
+            let sandbox = sandbox.clone();
             let thread = thread::Builder::new()
                 .name(format!("session-{}", server.sessions.len()))
                 .stack_size(SESSION_STACK)
-                .spawn(move || session.run())
+                .spawn(move || {
+                    sandbox.enter_as(ThreadKind::Session);
+                    session.run()
+                })
                 .map_err(OpenError::Threads)?;
             server.sessions.push(Serving { socket_path, description, thread });
         }
@@ -154,6 +176,11 @@ impl Server {
     /// What stops it.
     pub fn stop_handle(&self) -> StopHandle {
         StopHandle(Arc::clone(&self.stop))
+    }
+
+    /// What its threads are in; a process that does nothing else can put its own threads in too.
+    pub fn sandbox(&self) -> Sandbox {
+        self.sandbox.clone()
     }
 
     /// The devices: the socket of each, from the root, and what it is in a few words.
@@ -179,14 +206,29 @@ impl Server {
     }
 }
 
+/// What each worker is to be.
+fn worker_plans(config: &ServerConfig) -> impl Iterator<Item = WorkerPlan> {
+    let nth = |list: &Option<NumberList>, index| list.as_ref().and_then(|list| list.around(index));
+    let iopoll = config.devices.iter().any(|device| device.iopoll);
+    (0..config.workers()).map(move |index| {
+        let cpu = nth(&config.sqpoll_cpus, index).and_then(|cpu| u32::try_from(cpu).ok());
+        let sqpoll = config.sqpoll.then_some(SqPoll { idle: config.sqpoll_idle(), cpu });
+        WorkerPlan { cpu: nth(&config.worker_cpus, index), uring: UringOptions { sqpoll, iopoll } }
+    })
+}
+
 fn open_device(config: &DeviceConfig) -> Result<(Device, String), OpenError> {
     let socket_path = || config.socket_path.clone();
-    config.check().map_err(|source| OpenError::Invalid { socket_path: socket_path(), source })?;
+    let invalid = |source| OpenError::Invalid { socket_path: socket_path(), source };
+    config.check().map_err(invalid)?;
+    let limits = config.limits().map_err(invalid)?;
     let store = open_store(config)?;
     let info = store.info();
     let block = BlockDevice::new(block_config(config, &info));
     let mut options = Options::for_device(&block);
     options.features |= 1 << VIRTIO_F_IOMMU_PLATFORM;
+    options.features |= u64::from(config.packed()) << VIRTIO_F_RING_PACKED;
+    options.features |= u64::from(config.in_order()) << VIRTIO_F_IN_ORDER;
     let service = BlockService::new(store, block.shared());
     let features = block.features();
     let function = VirtioPci::new(Box::new(block), &options)
@@ -206,7 +248,8 @@ fn open_device(config: &DeviceConfig) -> Result<(Device, String), OpenError> {
         Doorbell::Mapped => Some(DoorbellPage::new(&function).map_err(OpenError::Threads)?),
     };
     let service = Box::new(service);
-    Ok((Device { function, service, poll: config.poll(), doorbell_page }, description))
+    let (poll, queue_workers) = (config.poll(), config.queue_workers.clone());
+    Ok((Device { function, service, poll, queue_workers, doorbell_page, limits }, description))
 }
 
 fn open_store(config: &DeviceConfig) -> Result<Arc<dyn Store>, OpenError> {
@@ -228,6 +271,7 @@ fn open_store(config: &DeviceConfig) -> Result<Arc<dyn Store>, OpenError> {
                 },
                 size: config.size.map(|size| size.0),
                 fixed_buffers: config.fixed_buffers,
+                iopoll: config.iopoll,
             })?)
         }
         _ => Arc::new(MemoryStore::new(size).map_err(disk)?),

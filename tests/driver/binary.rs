@@ -65,6 +65,18 @@ pub(crate) struct Resources {
     mappings: usize,
 }
 
+/// One of a process's threads.
+#[derive(Debug, Clone)]
+pub(crate) struct Thread {
+    pub(crate) name: String,
+    /// The processors that it may run on.
+    pub(crate) cpus: String,
+    /// Whether it sleeps.
+    pub(crate) asleep: bool,
+    /// How often it has given its processor away, to sleep or because it had to.
+    pub(crate) switches: u64,
+}
+
 #[derive(Default)]
 struct Log {
     text: Mutex<String>,
@@ -79,8 +91,24 @@ impl Served {
     }
 
     pub(crate) fn start_in(folder: TempDir, arguments: impl FnOnce(&Path) -> Vec<String>) -> Served {
+        Served::spawn(command(), folder, arguments)
+    }
+
+    /// As [`start`](Self::start), in a process that may have 100 descriptors.
+    pub(crate) fn start_limited(arguments: impl FnOnce(&Path) -> Vec<String>) -> Served {
+        let mut limited = Command::new("sh");
+        let program = command().get_program().to_owned();
+        limited
+            .args(["-c", "ulimit -n 100; exec \"$0\" \"$@\""])
+            .arg(program)
+            .env_remove("RUST_LOG")
+            .stdin(Stdio::null());
+        Served::spawn(limited, tempfile::tempdir().unwrap(), arguments)
+    }
+
+    fn spawn(mut command: Command, folder: TempDir, arguments: impl FnOnce(&Path) -> Vec<String>) -> Served {
         let arguments = arguments(folder.path());
-        let mut child = command()
+        let mut child = command
             .arg("serve")
             .args(["--workers", "2"])
             .args(arguments)
@@ -114,6 +142,11 @@ impl Served {
 
     pub(crate) fn socket(&self) -> &Path {
         &self.socket
+    }
+
+    /// The process.
+    pub(crate) fn id(&self) -> u32 {
+        self.child.id()
     }
 
     /// Takes note of a client that connects by itself.
@@ -157,15 +190,63 @@ impl Served {
     pub(crate) fn resources(&self) -> Resources {
         let clients = self.clients.load(Ordering::Relaxed);
         until("the last client has gone", || self.log().matches("the client has gone").count() == clients);
+        self.holds()
+    }
+
+    /// What it holds for a client that has only just come: it is served when nothing of those before it is left.
+    pub(crate) fn holds_for_a_client(&self) -> Resources {
+        let client = Client::connect(&self.socket).unwrap();
+        client.set_timeout(LIMIT);
+        crate::protocol::in_step(&client);
+        self.holds()
+    }
+
+    /// What descriptors it has open and how many mappings of guest memory.
+    fn holds(&self) -> Resources {
         let process = PathBuf::from(format!("/proc/{}", self.child.id()));
         let mut descriptors: Vec<_> = fs::read_dir(process.join("fd"))
             .unwrap()
             .filter_map(|entry| fs::read_link(entry.unwrap().path()).ok())
             .map(|target| target.display().to_string())
+            // A socket's number is another each time.
+            .map(|target| if target.starts_with("socket:") { "socket".into() } else { target })
             .collect();
         descriptors.sort();
         let maps = fs::read_to_string(process.join("maps")).unwrap();
         Resources { descriptors, mappings: maps.lines().filter(|line| line.contains("memfd:")).count() }
+    }
+
+    /// Its threads whose names begin with `name`, by name and age; also those of the kernel's that work for it.
+    pub(crate) fn threads(&self, name: &str) -> Vec<Thread> {
+        let tasks = fs::read_dir(format!("/proc/{}/task", self.child.id())).unwrap();
+        let mut ids: Vec<u32> =
+            tasks.map(|task| task.unwrap().file_name().into_string().unwrap().parse().unwrap()).collect();
+        ids.sort_unstable();
+        let thread = |id: u32| {
+            // It may have ended by now.
+            let status = fs::read_to_string(format!("/proc/{}/task/{id}/status", self.child.id())).ok()?;
+            let value = |key: &str| {
+                status.lines().find_map(|line| line.strip_prefix(key)?.strip_prefix(':')).unwrap().trim().to_owned()
+            };
+            let number = |key: &str| value(key).parse::<u64>().unwrap();
+            Some(Thread {
+                name: value("Name"),
+                cpus: value("Cpus_allowed_list"),
+                asleep: value("State").starts_with('S'),
+                switches: number("voluntary_ctxt_switches") + number("nonvoluntary_ctxt_switches"),
+            })
+        };
+        let mut threads: Vec<_> =
+            ids.into_iter().filter_map(thread).filter(|thread| thread.name.starts_with(name)).collect();
+        threads.sort_by(|one, other| one.name.cmp(&other.name));
+        threads
+    }
+
+    /// Bytes of memory that are its own, in RAM.
+    pub(crate) fn resident(&self) -> u64 {
+        let status = fs::read_to_string(format!("/proc/{}/status", self.child.id())).unwrap();
+        let line = status.lines().find_map(|line| line.strip_prefix("RssAnon:")).unwrap();
+        line.trim().trim_end_matches(" kB").parse::<u64>().unwrap() << 10
     }
 
     pub(crate) fn signal(&self, signal: Signal) {

@@ -222,7 +222,6 @@ fn victim() {
 
 /// A client whose memory shrinks under the device: the end of that client, not of the server.
 #[test]
-#[ignore = "not done yet: the access to pages that are gone (SIGBUS) ends the server"]
 fn a_client_may_shrink_its_memory() {
     let server = Served::start(|folder| disk(&folder.join("blk.sock")));
     let memory = GuestMemory::new(1 << 20, IOVA).unwrap();

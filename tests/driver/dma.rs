@@ -137,7 +137,7 @@ fn ranges_are_whole_pages_within_the_address_space() {
 
 #[test]
 fn what_cannot_be_mapped_is_refused() {
-    let rig = Rig::ram();
+    let rig = Rig::with(|device| device.any_memory_file = true);
     let client = rig.client();
     let folder = tempfile::tempdir().unwrap();
     let (reader, writer) = nix::unistd::pipe().unwrap();

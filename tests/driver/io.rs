@@ -12,6 +12,9 @@ use crate::workload::{Arena, Workload};
 const EVENT_IDX: u64 = 1 << VIRTIO_RING_F_EVENT_IDX;
 const INDIRECT: u64 = 1 << VIRTIO_RING_F_INDIRECT_DESC;
 
+const PACKED: u64 = BlockOptions::PACKED;
+const IN_ORDER: u64 = BlockOptions::IN_ORDER;
+
 /// Each queue on a thread of its own, on sectors of its own.
 fn run_all(machine: &mut Machine, workload: &Workload) {
     let Machine { memory, queues, .. } = machine;
@@ -32,12 +35,14 @@ fn run_all(machine: &mut Machine, workload: &Workload) {
 fn each_mode(rig: &Rig, workload: &Workload) {
     let client = rig.client();
     let mut seed = workload.seed;
-    for features in [BlockOptions::FEATURES, !EVENT_IDX, !INDIRECT, !EVENT_IDX & !INDIRECT] {
+    let (all, plain) = (BlockOptions::FEATURES, BlockOptions::FEATURES & !EVENT_IDX & !INDIRECT);
+    let split = [all, all & !EVENT_IDX, all & !INDIRECT, plain, all | IN_ORDER];
+    for features in split.into_iter().chain([all | PACKED, plain | PACKED, all | PACKED | IN_ORDER]) {
         for (notify, interrupts) in [(NotifyMethod::Posted, true), (NotifyMethod::IoEventFd, false)] {
-            let features = BlockOptions::FEATURES & features;
             let options = BlockOptions { features, notify, interrupts, queues: 2, ..BlockOptions::default() };
             let memory = GuestMemory::new(16 << 20, IOVA).unwrap();
             let mut machine = Machine::with_memory(client.clone(), memory, &options);
+            assert_eq!(machine.driver.features() & (PACKED | IN_ORDER), features & (PACKED | IN_ORDER));
             // What the last round left is zeroed, as the copy begins.
             let sectors = (2 * workload.sectors) as u32;
             if workload.keeps {
@@ -98,26 +103,35 @@ fn requests_have_as_many_segments_as_the_device_says() {
     for cache in [None, Some(Cache::None)] {
         let rig = cache.map_or_else(Rig::ram, Rig::file);
         let options = BlockOptions { indirect_entries: 256, queues: 1, ..BlockOptions::default() };
-        let mut machine = rig.boot_with(&options);
-        let segments = machine.driver.config().unwrap().seg_max.unwrap() as usize;
-        assert_eq!(segments, 254);
-        // Pieces so small that nearly every request has that many.
-        let workload = Workload { seed: 6000, segments, align: 1, requests: 150, largest: 64, ..Workload::default() };
-        run_all(&mut machine, &workload);
-        // And in the ring itself, where such a request leaves room for nothing else.
-        let options = BlockOptions { indirect_entries: 0, ..options };
-        machine.reboot(&options);
-        machine.queues[0].write_zeroes(0, 512, true).unwrap();
-        run_all(&mut machine, &Workload { depth: 4, ..workload });
+        for rings in [0, PACKED] {
+            requests_with_many_segments(&rig, &BlockOptions { features: options.features | rings, ..options.clone() });
+        }
     }
+}
+
+fn requests_with_many_segments(rig: &Rig, options: &BlockOptions) {
+    let mut machine = rig.boot_with(options);
+    let segments = machine.driver.config().unwrap().seg_max.unwrap() as usize;
+    assert_eq!(segments, 254);
+    // Pieces so small that nearly every request has that many.
+    let workload = Workload { seed: 6000, segments, align: 1, requests: 150, largest: 64, ..Workload::default() };
+    machine.queues[0].write_zeroes(0, 512, true).unwrap();
+    run_all(&mut machine, &workload);
+    // And in the ring itself, where such a request leaves room for nothing else.
+    machine.reboot(&BlockOptions { indirect_entries: 0, ..options.clone() });
+    machine.queues[0].write_zeroes(0, 512, true).unwrap();
+    run_all(&mut machine, &Workload { depth: 4, ..workload });
 }
 
 #[test]
 fn queues_have_any_size() {
-    for queue_size in [2, 4, 8, 16, 64, 512, 1024] {
-        for features in [BlockOptions::FEATURES, BlockOptions::FEATURES & !EVENT_IDX] {
+    for (queue_size, rings) in [2u16, 4, 8, 16, 64, 512, 1024].map(|size| (size, 0)).into_iter().chain(
+        // A packed ring has any size, up to what the device offers.
+        [1, 2, 3, 5, 7, 64, 100, 1000, 1024].map(|size| (size, PACKED)),
+    ) {
+        for features in [BlockOptions::FEATURES | rings, BlockOptions::FEATURES & !EVENT_IDX | rings] {
             let rig = Rig::with(|device| {
-                device.queue_size = Some(queue_size);
+                device.queue_size = Some(queue_size.next_power_of_two().max(2));
                 device.num_queues = Some(1);
             });
             // With two descriptors a request of three must go into a table.
@@ -178,6 +192,15 @@ fn pieces(size: u64, piece: u64) -> impl Iterator<Item = (u64, u64)> {
 /// Rings that lie across mappings: all in one file, and the parts mapped in many pieces.
 #[test]
 fn rings_may_cross_mappings() {
+    rings_across_mappings(BlockOptions::FEATURES);
+}
+
+#[test]
+fn packed_rings_may_cross_mappings() {
+    rings_across_mappings(BlockOptions::FEATURES | PACKED);
+}
+
+fn rings_across_mappings(features: u64) {
     let rig = Rig::ram();
     let client = rig.client();
     let memory = GuestMemory::new(8 << 20, IOVA).unwrap();
@@ -188,10 +211,10 @@ fn rings_may_cross_mappings() {
     }
     // So that no area starts where a mapping does.
     memory.allocate(2064, 16).unwrap();
-    let options = BlockOptions { queues: 2, queue_size: 256, ..BlockOptions::default() };
+    let options = BlockOptions { features, queues: 2, queue_size: 256, ..BlockOptions::default() };
     let (driver, queues) = client::BlockDriver::start(client.clone(), &memory, &options).unwrap();
     let mut machine = Machine { client, memory, driver, queues };
-    let table = machine.queues[0].ring().memory().areas()[0];
+    let table = machine.queues[0].ring().areas()[0];
     assert!(!table.is_multiple_of(0x1000), "the table, a page long, crosses");
     run_all(&mut machine, &Workload { seed: 9500, align: 1, ..Workload::default() });
 }

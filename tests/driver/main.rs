@@ -7,9 +7,11 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a failure is the result of a test")]
 
 mod binary;
+mod crash;
 mod disconnect;
 mod dma;
 mod faults;
+mod hostile;
 mod interrupts;
 mod io;
 mod live;
@@ -20,5 +22,8 @@ mod process;
 mod protocol;
 mod requests;
 mod rig;
+mod sandbox;
+mod scale;
 mod transport;
+mod workers;
 mod workload;

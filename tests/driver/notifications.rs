@@ -58,8 +58,8 @@ fn the_used_event_names_the_completion_to_hear_of() {
     let mut machine = rig.boot_with(&options(true));
     let queue = &mut machine.queues[0];
     for ahead in [0u16, 1, 2, 5, 9] {
-        let from = queue.ring().memory().used_idx();
-        queue.ring().memory().set_used_event(from.wrapping_add(ahead));
+        let from = queue.ring().split().unwrap().used_idx();
+        queue.ring().split().unwrap().set_used_event(from.wrapping_add(ahead));
         for at in 0..10u16 {
             // One after the other, so that each is a decision of its own.
             queue.submit(&FLUSH).unwrap();

@@ -186,7 +186,7 @@ fn bad_arguments_are_explained() {
         (&["--socket-path", socket, "--store", "tape"], &["--store", "tape", "memory"]),
         (&["--socket-path", socket, "--store", "file"], &["blk_file"]),
         (&["--socket-path", socket, "--serial", "more than twenty bytes"], &["serial", "20"]),
-        (&["--socket-path", socket, "--workers", "0"], &["--workers", "0"]),
+        (&["--socket-path", socket, "--workers", "0"], &["workers", "1 to 1024"]),
         (&["--socket-path", socket, "--blk-file", text(&missing)], &["missing.img", "size"]),
         (&["--socket-path", socket, "--blk-file", text(&odd)], &["odd.img", "1000"]),
         (&["--socket-path", socket, "--blk-file", text(folder.path())], &[text(folder.path())]),

@@ -65,7 +65,7 @@ impl Rig {
         let folder = tempfile::tempdir().unwrap();
         let devices = devices(folder.path());
         let sockets = devices.iter().map(|device| device.socket_path.clone()).collect();
-        let server = Server::start(&ServerConfig { workers: Some(2), devices }).unwrap();
+        let server = Server::start(&ServerConfig { workers: Some(2), ..ServerConfig::new(devices) }).unwrap();
         Rig { folder, sockets, server: Some(server) }
     }
 
@@ -121,9 +121,10 @@ impl Drop for Rig {
     }
 }
 
-/// A disk of [`DISK`] bytes in memory.
+/// A disk of [`DISK`] bytes in memory, which offers what drivers may use or not.
 pub(crate) fn ram(socket: &Path) -> DeviceConfig {
     let mut device = DeviceConfig::new(socket);
+    (device.packed, device.in_order) = (Some(true), Some(true));
     device.size = Some(Size(DISK));
     device
 }
@@ -165,6 +166,18 @@ impl Machine {
     pub(crate) fn status(&self) -> u32 {
         self.driver.transport().status().unwrap()
     }
+}
+
+/// What a driver may want of its queues.
+pub(crate) const RINGS: [u64; 4] =
+    [0, BlockOptions::PACKED, BlockOptions::IN_ORDER, BlockOptions::PACKED | BlockOptions::IN_ORDER];
+
+/// What the device has written into a queue to give back requests: as long as this stays, it has given back none.
+pub(crate) fn given_back(queue: &BlockQueue) -> Vec<u16> {
+    let ring = queue.ring();
+    let of_split = ring.split().map(|memory| vec![memory.used_idx()]);
+    let of_packed = ring.packed().map(|memory| (0..memory.size()).map(|index| memory.flags(index)).collect());
+    of_split.or(of_packed).unwrap()
 }
 
 /// Gives the device all of `memory`.

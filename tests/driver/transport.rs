@@ -7,7 +7,7 @@ use client::{BlockOptions, BlockRequest, GuestMemory, NO_VECTOR, NotifyMethod, R
 use virtio_bindings::virtio_blk::{VIRTIO_BLK_F_MQ, VIRTIO_BLK_F_RO};
 use virtio_bindings::virtio_config::*;
 
-use crate::rig::{IOVA, Machine, OK, Rig, count, exercise, map, until};
+use crate::rig::{IOVA, Machine, OK, RINGS, Rig, count, exercise, map, until};
 
 const ACKNOWLEDGE: u32 = VIRTIO_CONFIG_S_ACKNOWLEDGE;
 const DRIVER: u32 = VIRTIO_CONFIG_S_DRIVER;
@@ -24,13 +24,18 @@ fn transport(rig: &Rig) -> VirtioPci {
 fn what_is_offered_is_what_is_meant() {
     let rig = Rig::ram();
     let offered = transport(&rig).device_features().unwrap();
-    assert_eq!(offered & !BlockOptions::FEATURES & !VERSION_1, 1 << VIRTIO_F_IOMMU_PLATFORM, "{offered:#x}");
+    let choices = BlockOptions::PACKED | BlockOptions::IN_ORDER;
+    let rest = offered & !BlockOptions::FEATURES & !VERSION_1;
+    assert_eq!(rest, 1 << VIRTIO_F_IOMMU_PLATFORM | choices, "{offered:#x}");
     for feature in [VIRTIO_F_VERSION_1, VIRTIO_F_RING_RESET, VIRTIO_BLK_F_MQ, 28, 29] {
         assert_ne!(offered >> feature & 1, 0, "feature {feature}");
     }
     assert_eq!(offered >> VIRTIO_BLK_F_RO & 1, 0);
-    let rig = Rig::with(|device| device.num_queues = Some(1));
-    assert_eq!(transport(&rig).device_features().unwrap() >> VIRTIO_BLK_F_MQ & 1, 0);
+    let rig = Rig::with(|device| {
+        device.num_queues = Some(1);
+        (device.packed, device.in_order) = (Some(false), Some(false));
+    });
+    assert_eq!(transport(&rig).device_features().unwrap() & (1 << VIRTIO_BLK_F_MQ | choices), 0);
 }
 
 #[test]
@@ -159,7 +164,7 @@ fn a_queue_may_be_enabled_late() {
     let mut machine = rig.boot_with(&BlockOptions { queues: 1, interrupts: false, ..BlockOptions::default() });
     let mut ring = client::SplitDriver::new(&machine.memory, 8, true, 0).unwrap();
     let transport = machine.driver.transport();
-    transport.enable_queue(2, ring.memory(), NO_VECTOR).unwrap();
+    transport.enable_queue(2, ring.memory().size(), ring.memory().areas(), NO_VECTOR).unwrap();
     let bell = transport.doorbell(2, NotifyMethod::Message).unwrap();
     let request = machine.memory.allocate(17, 16).unwrap();
     request.write(0, &4u32.to_le_bytes()).unwrap(); // VIRTIO_BLK_T_FLUSH
@@ -183,7 +188,7 @@ fn a_kick_before_driver_ok_is_not_lost_on_the_requests() {
     transport.reset().unwrap();
     transport.negotiate(0).unwrap();
     let mut ring = client::SplitDriver::new(&memory, 8, false, 0).unwrap();
-    transport.enable_queue(0, ring.memory(), NO_VECTOR).unwrap();
+    transport.enable_queue(0, ring.memory().size(), ring.memory().areas(), NO_VECTOR).unwrap();
     let request = memory.allocate(17, 16).unwrap();
     request.write(0, &4u32.to_le_bytes()).unwrap();
     request.write(16, &[0xff]).unwrap();
@@ -197,9 +202,11 @@ fn a_kick_before_driver_ok_is_not_lost_on_the_requests() {
 
 #[test]
 fn a_queue_may_be_reset_alone() {
-    for notify in [NotifyMethod::Posted, NotifyMethod::IoEventFd] {
+    let posted = RINGS.map(|rings| (NotifyMethod::Posted, rings));
+    for (notify, rings) in posted.into_iter().chain([(NotifyMethod::IoEventFd, 0)]) {
         let rig = Rig::ram();
-        let mut machine = rig.boot_with(&BlockOptions { notify, ..BlockOptions::default() });
+        let features = BlockOptions::FEATURES | rings;
+        let mut machine = rig.boot_with(&BlockOptions { features, notify, ..BlockOptions::default() });
         assert!(machine.driver.has_feature(VIRTIO_F_RING_RESET));
         let data = [machine.memory.allocate(4096, 4096).unwrap().segment(0, 4096).unwrap()];
         for _ in 0..50 {
@@ -227,7 +234,7 @@ fn a_queue_that_was_reset_may_come_back_elsewhere() {
     assert_eq!(transport.read_common(QueueEnable).unwrap(), 0);
     assert_eq!(transport.read_common(QueueSize).unwrap(), 256);
     let mut ring = client::SplitDriver::new(&machine.memory, 2, true, 4).unwrap();
-    transport.enable_queue(3, ring.memory(), NO_VECTOR).unwrap();
+    transport.enable_queue(3, ring.memory().size(), ring.memory().areas(), NO_VECTOR).unwrap();
     let request = machine.memory.allocate(17, 16).unwrap();
     request.write(0, &4u32.to_le_bytes()).unwrap();
     let bell = transport.doorbell(3, NotifyMethod::Message).unwrap();

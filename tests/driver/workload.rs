@@ -96,7 +96,7 @@ impl Workload {
         let mut random = Random::new(self.seed);
         let mut disk = vec![0; self.sectors * SECTOR];
         let mut slots: Vec<_> = (0..self.depth).map(|at| Slot { offset: at * arena.room, request: None }).collect();
-        let mut tags = vec![usize::MAX; usize::from(queue.ring().memory().size())];
+        let mut tags = vec![usize::MAX; usize::from(queue.ring().size())];
         let (mut submitted, mut completed) = (0, 0);
         while completed < self.requests {
             let mut full = false;

@@ -5,6 +5,7 @@
 //! which store is of which kind.
 
 use std::fs::{self, File};
+use std::marker::PhantomData;
 use std::path::PathBuf;
 use std::rc::Rc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -19,7 +20,7 @@ use virtio::memory::{Access, GuestMemory, Mapping, MemoryFile, PinnedBuffers, Re
 use super::file::{Cache, FileOptions, FileStore};
 use super::memory::MemoryStore;
 use super::null::NullStore;
-use super::uring::{Uring, Waker};
+use super::uring::{SqPoll, Uring, UringOptions, Waker};
 use super::{Backend, Completion, Full, Io, Op, Store};
 
 /// A store to be tested.
@@ -145,7 +146,7 @@ impl Rig {
 
     pub(super) fn submit(&mut self, op: Op, buffers: PinnedBuffers) -> Result<(), Full> {
         let token = self.next;
-        self.backend.submit(Io { token, op, buffers: buffers.into() })?;
+        self.backend.submit(Box::new(Io { token, op, buffers }))?;
         self.next = self.next.wrapping_add(1);
         self.in_flight.push((token, op));
         assert_eq!(self.backend.in_flight(), self.in_flight.len());
@@ -174,6 +175,15 @@ impl Rig {
             done.append(&mut self.reap());
         }
         done
+    }
+
+    /// Waits for all that is in flight by looking only.
+    pub(super) fn look_until_done(&mut self) {
+        while !self.in_flight.is_empty() {
+            self.reap();
+            self.check_limit();
+            thread::yield_now();
+        }
     }
 
     fn check_limit(&self) {
@@ -295,11 +305,7 @@ mod operations {
             rig.submit(Op::Flush, PinnedBuffers::default()).unwrap();
         }
         rig.ring.submit().unwrap();
-        while !rig.in_flight.is_empty() {
-            rig.reap();
-            rig.check_limit();
-            thread::yield_now();
-        }
+        rig.look_until_done();
     }
 
     pub(super) fn full_gives_the_operation_back<F: Fixture>() {
@@ -319,10 +325,11 @@ mod operations {
             }
             assert!(taken >= 256, "fewer than a usual queue has");
             assert_eq!(rig.finish().len() as u64, taken);
-            if let Some(Io { op, buffers, .. }) = refused {
+            if let Some(refused) = refused {
+                let Io { op, buffers, .. } = *refused;
                 assert_eq!(op, Op::Read { offset: taken % 2048 * 512 });
                 assert_eq!(buffers.len(), 512);
-                rig.one(op, *buffers).result.unwrap();
+                rig.one(op, buffers).result.unwrap();
             }
         }
     }
@@ -670,21 +677,53 @@ impl Fixture for NullStore {
     }
 }
 
-/// A file in a directory of its own.
-struct StoredFile<const DIRECT: bool, const FIXED: bool = false> {
+/// A file in a directory of its own, past the page cache or through it.
+struct StoredFile<const DIRECT: bool, W = Plain> {
     store: FileStore,
     path: PathBuf,
     _dir: tempfile::TempDir,
+    _way: PhantomData<W>,
 }
 
-impl<const DIRECT: bool, const FIXED: bool> Fixture for StoredFile<DIRECT, FIXED> {
+/// How files use the kernel.
+trait Way {
+    const FIXED_BUFFERS: bool = false;
+    const SQPOLL: Option<SqPoll> = None;
+}
+
+/// In no special way.
+struct Plain;
+
+impl Way for Plain {}
+
+/// With guest memory that is registered.
+struct FixedBuffers;
+
+impl Way for FixedBuffers {
+    const FIXED_BUFFERS: bool = true;
+}
+
+/// By a thread of the kernel's that submits, and falls asleep as often as it can.
+struct Submitted;
+
+impl Way for Submitted {
+    const FIXED_BUFFERS: bool = true;
+    const SQPOLL: Option<SqPoll> = Some(SqPoll { idle: 1, cpu: None });
+}
+
+impl<const DIRECT: bool, W: Way> Fixture for StoredFile<DIRECT, W> {
     fn new(capacity: u64) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("image");
-        let cache = if DIRECT { Cache::None } else { Cache::Writeback };
-        let options =
-            FileOptions { path: path.clone(), read_only: false, cache, size: Some(capacity), fixed_buffers: FIXED };
-        Self { store: FileStore::open(&options).unwrap(), path, _dir: dir }
+        let options = FileOptions {
+            path: path.clone(),
+            read_only: false,
+            cache: if DIRECT { Cache::None } else { Cache::Writeback },
+            size: Some(capacity),
+            fixed_buffers: W::FIXED_BUFFERS,
+            iopoll: false,
+        };
+        Self { store: FileStore::open(&options).unwrap(), path, _dir: dir, _way: PhantomData }
     }
 
     fn store(&self) -> &dyn Store {
@@ -692,13 +731,13 @@ impl<const DIRECT: bool, const FIXED: bool> Fixture for StoredFile<DIRECT, FIXED
     }
 
     fn ring(waker: &Waker) -> Uring {
-        Uring::new(waker).unwrap()
+        Uring::with(waker, UringOptions { sqpoll: W::SQPOLL, iopoll: false }).unwrap()
     }
 }
 
-impl<const DIRECT: bool, const FIXED: bool> KeepsBlocks for StoredFile<DIRECT, FIXED> {}
+impl<const DIRECT: bool, W: Way> KeepsBlocks for StoredFile<DIRECT, W> {}
 
-impl<const DIRECT: bool, const FIXED: bool> IsStable for StoredFile<DIRECT, FIXED> {
+impl<const DIRECT: bool, W: Way> IsStable for StoredFile<DIRECT, W> {
     fn stored(&self) -> Vec<u8> {
         fs::read(&self.path).unwrap()
     }
@@ -708,6 +747,8 @@ contract! {
     memory: MemoryStore, operations blocks;
     null: NullStore, operations;
     file_direct: StoredFile<true>, operations blocks stable;
-    file_fixed_buffers: StoredFile<true, true>, operations blocks stable;
+    file_fixed_buffers: StoredFile<true, FixedBuffers>, operations blocks stable;
+    file_sqpoll: StoredFile<true, Submitted>, operations blocks stable;
     file_buffered: StoredFile<false>, operations blocks stable;
+    file_buffered_sqpoll: StoredFile<false, Submitted>, operations blocks stable;
 }

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
 
-use super::{BenchArgs, DeviceConfig};
+use super::{BenchArgs, DeviceConfig, ServerConfig};
 
 /// Virtio block devices for QEMU and other vfio-user clients, served from user space
 #[derive(Debug, Parser)]
@@ -16,6 +16,7 @@ pub struct Cli {
 }
 
 /// What to do
+#[allow(clippy::large_enum_variant, reason = "there is only one of it")]
 #[derive(Debug, Subcommand)]
 pub enum Command {
     /// Serve one device, or all devices of a configuration file, until SIGTERM or SIGINT
@@ -32,9 +33,9 @@ pub struct ServeArgs {
     #[arg(long, value_name = "FILE", conflicts_with = "device")]
     pub config: Option<PathBuf>,
 
-    /// Threads that serve the queues [default: one for each processor]
-    #[arg(long, value_name = "N", value_parser = clap::builder::RangedU64ValueParser::<usize>::new().range(1..=1024))]
-    pub workers: Option<usize>,
+    /// What concerns the whole server
+    #[command(flatten)]
+    pub server: ServerConfig,
 
     /// The device
     #[command(flatten)]
@@ -46,6 +47,7 @@ mod tests {
     use clap::CommandFactory;
 
     use super::*;
+    use crate::config::SandboxMode;
 
     #[test]
     fn the_command_line_is_consistent() {
@@ -63,7 +65,15 @@ mod tests {
         let device = parse(&["--socket-path", "a", "--size", "64M", "--num-queues", "2"]).unwrap().device.unwrap();
         assert_eq!((device.num_queues(), device.size_or_default()), (2, 64 << 20));
         assert!(parse(&["--config", "a.toml", "--workers", "3"]).unwrap().device.is_none());
+        let pinned = parse(&["--socket-path", "a", "--worker-cpus", "1,0", "--queue-workers", "1"]).unwrap();
+        assert_eq!(pinned.server.worker_cpus.unwrap().as_slice(), [1, 0]);
+        assert_eq!(pinned.device.unwrap().queue_workers.unwrap().as_slice(), [1]);
+        assert!(parse(&["--config", "a.toml", "--queue-workers", "1"]).is_err(), "the file's devices say that");
         assert!(parse(&["--config", "a.toml", "--socket-path", "a"]).is_err());
+        assert_eq!(parse(&["--config", "a.toml", "--sandbox", "off"]).unwrap().server.sandbox, Some(SandboxMode::Off));
+        let allowed = parse(&["--socket-path", "a", "--allow-uid", "0", "--allow-uid", "107"]).unwrap().device.unwrap();
+        assert_eq!(allowed.allow_uids, Some(vec![0, 107]));
+        assert!(parse(&["--socket-path", "a", "--socket-mode", "rw"]).is_err());
         assert!(parse(&["--size", "64M"]).is_err(), "a device without a socket");
         assert!(parse(&[]).is_err());
         assert!(parse(&["--socket-path", "a", "--size", "big"]).is_err());

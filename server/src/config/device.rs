@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use clap::ValueEnum;
 use serde::Deserialize;
 
-use super::Size;
+use super::{ClientLimits, NumberList, Size, SocketMode};
 
 /// The size of a disk that has neither a file nor a size.
 const DEFAULT_SIZE: Size = Size(1 << 30);
@@ -22,6 +22,18 @@ pub struct DeviceConfig {
     /// UNIX socket to listen on for the device's client
     #[arg(long, value_name = "PATH")]
     pub socket_path: PathBuf,
+
+    /// Permissions of the socket, in octal digits [default: 0660 with --socket-group, what the umask leaves otherwise]
+    #[arg(long, value_name = "MODE")]
+    pub socket_mode: Option<SocketMode>,
+
+    /// Group of the socket, by name or number
+    #[arg(long, value_name = "GROUP")]
+    pub socket_group: Option<String>,
+
+    /// User, by number, whose processes may connect; to be repeated for more [default: all that the socket lets in]
+    #[arg(long = "allow-uid", value_name = "UID")]
+    pub allow_uids: Option<Vec<u32>>,
 
     /// Where the blocks live [default: file if --blk-file is given, memory otherwise]
     #[arg(long, value_enum)]
@@ -61,6 +73,17 @@ pub struct DeviceConfig {
     #[serde(default)]
     pub fixed_buffers: bool,
 
+    /// Look for the completions of an image file's reads and writes, in place of interrupts: for devices that have polled
+    /// queues, such as nvme with its parameter poll_queues
+    #[arg(long)]
+    #[serde(default)]
+    pub iopoll: bool,
+
+    /// Workers that serve the device's queues, from 0: queue i goes to the i-th of them, and after the last comes the
+    /// first [default: the one with the fewest queues]
+    #[arg(long, value_name = "LIST")]
+    pub queue_workers: Option<NumberList>,
+
     /// Whether the device's worker waits for requests awake or asleep [default: adaptive]
     #[arg(long, value_enum)]
     pub poll: Option<PollPolicy>,
@@ -68,6 +91,35 @@ pub struct DeviceConfig {
     /// How drivers kick: by messages, or by writes to a page that they map [default: messages]
     #[arg(long, value_enum)]
     pub doorbell: Option<Doorbell>,
+
+    /// Offer packed virtqueues [default: false]
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, default_missing_value = "true")]
+    pub packed: Option<bool>,
+
+    /// Offer to complete requests in the order in which the driver submits them [default: false]
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, default_missing_value = "true")]
+    pub in_order: Option<bool>,
+
+    /// Largest memory of the client's guest, in bytes of the files that it lies in [default: 1T]
+    #[arg(long, value_name = "SIZE")]
+    pub max_guest_memory: Option<Size>,
+
+    /// Most ranges of memory that the client may map, 1 to 65535 [default: 65535]
+    #[arg(long, value_name = "N")]
+    pub max_dma_maps: Option<u32>,
+
+    /// Most descriptors of the client's that are kept: one for each memory file and each interrupt [default: 128]
+    #[arg(long, value_name = "N")]
+    pub max_fds: Option<u32>,
+
+    /// Largest region access, 4K to 64M, which bounds the messages that are taken and kept [default: 1M]
+    #[arg(long, value_name = "SIZE")]
+    pub max_data_xfer_size: Option<Size>,
+
+    /// Take guest memory in files of any file system, which may have the server wait; otherwise memfd, tmpfs and hugetlbfs
+    #[arg(long)]
+    #[serde(default)]
+    pub any_memory_file: bool,
 }
 
 /// Where the blocks live.
@@ -135,12 +187,24 @@ pub enum InvalidDevice {
     /// Pinned memory for a store that has no use for it.
     #[error("fixed_buffers is for store = \"file\" with cache = \"none\" only; leave it out")]
     FixedBuffersUnused,
+    /// Polled completions for a store that has none.
+    #[error("iopoll is for store = \"file\" with cache = \"none\" only; leave it out")]
+    IopollUnused,
     /// Number of queues.
     #[error("num_queues is {0}; it must be from 1 to 64")]
     NumQueues(u16),
     /// Size of the queues.
     #[error("queue_size is {0}; it must be a power of two from 2 to 1024")]
     QueueSize(u16),
+    /// A list that lets nobody in.
+    #[error("allow_uids is empty; leave it out to serve all users that the socket lets in")]
+    NobodyAllowed,
+    /// Number of ranges.
+    #[error("max_dma_maps is {0}; it must be from 1 to 65535")]
+    MaxDmaMaps(u32),
+    /// Size of a region access.
+    #[error("max_data_xfer_size is {0}; it must be from 4K to 64M")]
+    MaxDataXferSize(Size),
     /// The serial.
     #[error("serial {0:?} must be at most 20 printable ASCII characters")]
     Serial(String),
@@ -157,6 +221,9 @@ impl DeviceConfig {
     pub fn new(socket_path: impl Into<PathBuf>) -> Self {
         Self {
             socket_path: socket_path.into(),
+            socket_mode: None,
+            socket_group: None,
+            allow_uids: None,
             store: None,
             blk_file: None,
             size: None,
@@ -166,8 +233,17 @@ impl DeviceConfig {
             serial: None,
             cache: None,
             fixed_buffers: false,
+            iopoll: false,
+            queue_workers: None,
             poll: None,
             doorbell: None,
+            packed: None,
+            in_order: None,
+            max_guest_memory: None,
+            max_dma_maps: None,
+            max_fds: None,
+            max_data_xfer_size: None,
+            any_memory_file: false,
         }
     }
 
@@ -189,6 +265,9 @@ impl DeviceConfig {
         if self.fixed_buffers && !(file && self.cache() == Cache::None) {
             return Err(InvalidDevice::FixedBuffersUnused);
         }
+        if self.iopoll && !(file && self.cache() == Cache::None) {
+            return Err(InvalidDevice::IopollUnused);
+        }
         if !(1..=64).contains(&self.num_queues()) {
             return Err(InvalidDevice::NumQueues(self.num_queues()));
         }
@@ -201,12 +280,29 @@ impl DeviceConfig {
         if self.doorbell() == Doorbell::Mapped && self.poll() != PollPolicy::Always {
             return Err(InvalidDevice::MappedDoorbell);
         }
+        if self.allow_uids.as_ref().is_some_and(Vec::is_empty) {
+            return Err(InvalidDevice::NobodyAllowed);
+        }
+        self.limits()?;
         match &self.serial {
             Some(serial) if serial.len() > 20 || !serial.bytes().all(|byte| (b' '..=b'~').contains(&byte)) => {
                 Err(InvalidDevice::Serial(serial.clone()))
             }
             _ => Ok(()),
         }
+    }
+
+    /// The permissions of its socket, if they are not the umask's business.
+    pub fn socket_mode(&self) -> Option<SocketMode> {
+        self.socket_mode.or(self.socket_group.as_ref().map(|_| SocketMode::GROUP))
+    }
+
+    /// What its client may take.
+    ///
+    /// # Errors
+    /// The first that makes no sense.
+    pub fn limits(&self) -> Result<ClientLimits, InvalidDevice> {
+        ClientLimits::of(self)
     }
 
     /// The store that was named, or that follows from the rest.
@@ -239,6 +335,16 @@ impl DeviceConfig {
         self.doorbell.unwrap_or_default()
     }
 
+    /// Whether packed virtqueues are offered.
+    pub fn packed(&self) -> bool {
+        self.packed.unwrap_or(false)
+    }
+
+    /// Whether completion in order is offered.
+    pub fn in_order(&self) -> bool {
+        self.in_order.unwrap_or(false)
+    }
+
     /// How a file is cached.
     pub fn cache(&self) -> Cache {
         self.cache.unwrap_or(Cache::None)
@@ -266,12 +372,20 @@ mod tests {
         assert_eq!(with_file, Err(InvalidDevice::FileUnused));
         assert_eq!(check(|device| device.cache = Some(Cache::None)), Err(InvalidDevice::CacheUnused));
         assert_eq!(check(|device| device.fixed_buffers = true), Err(InvalidDevice::FixedBuffersUnused));
-        for (cache, result) in [(Cache::None, Ok(())), (Cache::Writeback, Err(InvalidDevice::FixedBuffersUnused))] {
-            let mut device = DeviceConfig::new("blk.sock");
-            device.blk_file = Some("a".into());
-            device.cache = Some(cache);
-            device.fixed_buffers = true;
-            assert_eq!(device.check(), result);
+        assert_eq!(check(|device| device.iopoll = true), Err(InvalidDevice::IopollUnused));
+        type Option = (fn(&mut DeviceConfig), InvalidDevice);
+        let direct_only: [Option; 2] = [
+            (|device| device.fixed_buffers = true, InvalidDevice::FixedBuffersUnused),
+            (|device| device.iopoll = true, InvalidDevice::IopollUnused),
+        ];
+        for (set, refusal) in direct_only {
+            for (cache, result) in [(Cache::None, Ok(())), (Cache::Writeback, Err(refusal))] {
+                let mut device = DeviceConfig::new("blk.sock");
+                device.blk_file = Some("a".into());
+                device.cache = Some(cache);
+                set(&mut device);
+                assert_eq!(device.check(), result);
+            }
         }
         assert_eq!(check(|device| device.doorbell = Some(Doorbell::Mapped)), Err(InvalidDevice::MappedDoorbell));
         let polled = check(|device| {
@@ -279,6 +393,8 @@ mod tests {
             device.poll = Some(PollPolicy::Always);
         });
         assert_eq!(polled, Ok(()));
+        assert_eq!(check(|device| device.allow_uids = Some(vec![])), Err(InvalidDevice::NobodyAllowed));
+        assert_eq!(check(|device| device.allow_uids = Some(vec![0])), Ok(()));
         assert_eq!(check(|device| device.num_queues = Some(64)), Ok(()));
         assert_eq!(check(|device| device.num_queues = Some(0)), Err(InvalidDevice::NumQueues(0)));
         assert_eq!(check(|device| device.num_queues = Some(65)), Err(InvalidDevice::NumQueues(65)));
@@ -287,6 +403,16 @@ mod tests {
             let mut device = DeviceConfig::new("blk.sock");
             device.queue_size = Some(size);
             assert_eq!(device.check(), Err(InvalidDevice::QueueSize(size)));
+        }
+        for size in [4095, (64 << 20) + 1, u64::MAX] {
+            let mut device = DeviceConfig::new("blk.sock");
+            device.max_data_xfer_size = Some(Size(size));
+            assert_eq!(device.check(), Err(InvalidDevice::MaxDataXferSize(Size(size))));
+        }
+        for maps in [0, 65536] {
+            let mut device = DeviceConfig::new("blk.sock");
+            device.max_dma_maps = Some(maps);
+            assert_eq!(device.check(), Err(InvalidDevice::MaxDmaMaps(maps)));
         }
         assert_eq!(check(|device| device.size = Some(Size(0))), Err(InvalidDevice::Size(Size(0))));
         assert_eq!(check(|device| device.size = Some(Size(513))), Err(InvalidDevice::Size(Size(513))));

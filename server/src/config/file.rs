@@ -3,21 +3,8 @@
 use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 
-use serde::Deserialize;
-
-use super::device::{DeviceConfig, InvalidDevice};
-
-/// A whole server.
-#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct ServerConfig {
-    /// Worker threads, at least 1; as many as there are processors if it is not said.
-    #[serde(default)]
-    pub workers: Option<usize>,
-    /// The devices, at least one.
-    #[serde(rename = "device", default)]
-    pub devices: Vec<DeviceConfig>,
-}
+use super::device::InvalidDevice;
+use super::server::{InvalidServer, ServerConfig};
 
 /// What is wrong with a configuration.
 #[derive(Debug, thiserror::Error)]
@@ -67,11 +54,13 @@ pub enum ConfigFileError {
         /// The socket.
         socket_path: PathBuf,
     },
-    /// No threads.
-    #[error("{path}: workers is 0; at least one thread must serve the queues")]
-    NoWorkers {
+    /// What is said of the workers makes no sense.
+    #[error("{path}: {source}")]
+    Server {
         /// The file.
         path: PathBuf,
+        /// What is wrong.
+        source: InvalidServer,
     },
 }
 
@@ -94,9 +83,6 @@ impl ServerConfig {
         let path = || path.to_owned();
         let config: Self =
             toml::from_str(text).map_err(|source| ConfigFileError::Parse { path: path(), source: Box::new(source) })?;
-        if config.workers == Some(0) {
-            return Err(ConfigFileError::NoWorkers { path: path() });
-        }
         if config.devices.is_empty() {
             return Err(ConfigFileError::NoDevice { path: path() });
         }
@@ -110,6 +96,7 @@ impl ServerConfig {
                 return Err(ConfigFileError::SameSocket { path: path(), number, socket_path });
             }
         }
+        config.check().map_err(|source| ConfigFileError::Server { path: path(), source })?;
         Ok(config)
     }
 }
@@ -117,7 +104,7 @@ impl ServerConfig {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::{Cache, Doorbell, PollPolicy, Size, StoreKind};
+    use crate::config::{Cache, DeviceConfig, Doorbell, PollPolicy, SandboxMode, Size, StoreKind};
 
     fn parse(text: &str) -> Result<ServerConfig, ConfigFileError> {
         ServerConfig::parse(Path::new("test.toml"), text)
@@ -128,8 +115,16 @@ mod tests {
         let config = parse(
             r#"
             workers = 2
+            worker_cpus = [0, "1"]
+            sqpoll = true
+            sqpoll_idle = 5
+            sqpoll_cpus = "2-3"
+            sandbox = "off"
             [[device]]
             socket_path = "a.sock"
+            socket_mode = "0660"
+            socket_group = "kvm"
+            allow_uids = [0, 107]
             store = "file"
             blk_file = "a.img"
             size = "1G"
@@ -139,8 +134,17 @@ mod tests {
             serial = "A"
             cache = "none"
             fixed_buffers = true
+            iopoll = true
+            queue_workers = [1, 0]
             poll = "always"
             doorbell = "mapped"
+            packed = true
+            in_order = false
+            max_guest_memory = "64G"
+            max_dma_maps = 1000
+            max_fds = 20
+            max_data_xfer_size = "64K"
+            any_memory_file = true
             [[device]]
             socket_path = "b.sock"
             size = 1048576
@@ -148,6 +152,9 @@ mod tests {
         )
         .unwrap();
         let mut first = DeviceConfig::new("a.sock");
+        first.socket_mode = Some("0660".parse().unwrap());
+        first.socket_group = Some("kvm".into());
+        first.allow_uids = Some(vec![0, 107]);
         first.store = Some(StoreKind::File);
         first.blk_file = Some("a.img".into());
         first.size = Some(Size(1 << 30));
@@ -157,23 +164,45 @@ mod tests {
         first.serial = Some("A".into());
         first.cache = Some(Cache::None);
         first.fixed_buffers = true;
+        first.iopoll = true;
+        first.queue_workers = Some("1,0".parse().unwrap());
         first.poll = Some(PollPolicy::Always);
         first.doorbell = Some(Doorbell::Mapped);
+        first.packed = Some(true);
+        first.in_order = Some(false);
+        first.max_guest_memory = Some(Size(64 << 30));
+        first.max_dma_maps = Some(1000);
+        first.max_fds = Some(20);
+        first.max_data_xfer_size = Some(Size(64 << 10));
+        first.any_memory_file = true;
         let mut second = DeviceConfig::new("b.sock");
         second.size = Some(Size(1 << 20));
-        assert_eq!(config, ServerConfig { workers: Some(2), devices: vec![first, second] });
+        let expected = ServerConfig {
+            workers: Some(2),
+            worker_cpus: Some("0,1".parse().unwrap()),
+            sqpoll: true,
+            sqpoll_idle: Some(5),
+            sqpoll_cpus: Some("2,3".parse().unwrap()),
+            sandbox: Some(SandboxMode::Off),
+            devices: vec![first, second],
+        };
+        assert_eq!(config, expected);
     }
 
     #[test]
     fn errors_name_the_place() {
         for (text, words) in [
             ("", "no device"),
-            ("workers = 0", "workers is 0"),
+            ("workers = 0\n[[device]]\nsocket_path = \"a\"", "workers is 0"),
+            ("worker_cpus = [\"0-\"]\n[[device]]\nsocket_path = \"a\"", "such as 0,2,4-7"),
             ("[[device]]", "socket_path"),
             ("[[device]]\nsocket_path = \"a\"\nsise = 1", "sise"),
             ("[[device]]\nsocket_path = \"a\"\nstore = \"flie\"", "line 3"),
             ("[[device]]\nsocket_path = \"a\"\nsize = \"big\"", "such as 512M"),
             ("[[device]]\nsocket_path = \"a\"\nsize = -1", "negative"),
+            ("[[device]]\nsocket_path = \"a\"\nsocket_mode = \"rw\"", "octal"),
+            ("[[device]]\nsocket_path = \"a\"\nsocket_mode = 660", "line 3"),
+            ("sandbox = \"of\"\n[[device]]\nsocket_path = \"a\"", "line 1"),
             ("[[device]]\nsocket_path = \"a\"\nqueue_size = 3", "device 1 (a): queue_size is 3"),
             ("[[device]]\nsocket_path = \"a\"\n[[device]]\nsocket_path = \"a\"", "device 2"),
         ] {

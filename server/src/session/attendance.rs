@@ -4,7 +4,6 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::time::Instant;
 
-use log::{debug, error, info, warn};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use pci::{Effect, Irq, PciFunction, Region};
 use vfio_bindings::bindings::vfio::{
@@ -16,6 +15,8 @@ use vfio_user::{
     Request, Sender, SparseMmapArea,
 };
 
+use super::allowance::Allowance;
+use super::client_log::ClientLog;
 use super::data_path::DataPath;
 use super::dma::ClientMemory;
 use super::irqs::{self, EventLine, Watch};
@@ -26,9 +27,11 @@ use crate::worker::Pool;
 
 /// A client's time with a device.
 pub(super) struct Attendance<'a> {
-    name: &'a str,
+    log: &'a ClientLog,
     device: &'a mut Device,
     memory: ClientMemory,
+    /// Descriptors of the client's that may be kept.
+    fds: Arc<Allowance>,
     data_path: DataPath,
     events: Arc<Events>,
     pub(super) watcher: Watcher,
@@ -51,19 +54,21 @@ enum Unsettled {
 
 impl<'a> Attendance<'a> {
     pub(super) fn new(
-        name: &'a str,
+        log: &'a ClientLog,
         device: &'a mut Device,
         pool: Arc<Pool>,
         events: Arc<Events>,
         watcher: Watcher,
     ) -> Self {
-        let memory = ClientMemory::new();
+        let fds = Allowance::new(device.limits.fds.into());
+        let memory = ClientMemory::new(device.limits, Arc::clone(&fds), Arc::clone(events.loss()));
         let num_queues = device.function.num_queues();
         let data_path = DataPath::new(pool, Arc::clone(memory.table()), Arc::clone(&events), num_queues);
         Self {
-            name,
+            log,
             device,
             memory,
+            fds,
             data_path,
             events,
             watcher,
@@ -87,7 +92,7 @@ impl<'a> Attendance<'a> {
     ) -> Result<(), ConnectionError> {
         self.settle();
         if self.max_msg_fds.is_none() && !matches!(request, Request::Version(_)) {
-            debug!("{}: {:?} before VERSION", self.name, request.command());
+            self.log.debug(format_args!("{:?} before VERSION", request.command()));
             return sender.refuse(to, Errno::EINVAL);
         }
         match request {
@@ -133,18 +138,18 @@ impl<'a> Attendance<'a> {
                 }
                 Err(errno) => sender.refuse(to, errno),
             },
-            Request::Version(proposed) => match negotiation::answer(&proposed, room) {
+            Request::Version(proposed) => match negotiation::answer(&proposed, &self.device.limits, room) {
                 Ok(version) => {
                     let theirs = proposed.capabilities.max_msg_fds();
                     self.max_msg_fds = Some(usize::try_from(theirs).unwrap_or(usize::MAX));
-                    info!("{}: protocol {}.{}", self.name, version.major, version.minor);
+                    self.log.info(format_args!("protocol {}.{}", version.major, version.minor));
                     sender.reply(to, &Reply::Version(&version))
                 }
                 Err(errno) => {
-                    error!(
-                        "{}: the client speaks vfio-user {}.{}, this server 0.1",
-                        self.name, proposed.major, proposed.minor
-                    );
+                    self.log.error(format_args!(
+                        "the client speaks vfio-user {}.{}, this server 0.1",
+                        proposed.major, proposed.minor
+                    ));
                     sender.refuse(to, errno)
                 }
             },
@@ -160,7 +165,7 @@ impl<'a> Attendance<'a> {
         Ok(match request {
             Request::DmaMap(map) => {
                 self.memory.map(&map, fds).map_err(|error| {
-                    warn!("{}: DMA_MAP of {:#x}+{:#x}: {error}", self.name, map.address, map.size);
+                    self.log.warn(format_args!("DMA_MAP of {:#x}+{:#x}: {error}", map.address, map.size));
                     error.errno()
                 })?;
                 if self.events.take_ring_lost() {
@@ -178,7 +183,7 @@ impl<'a> Attendance<'a> {
                 Reply::IrqInfo(irqs::info(&self.device.function.interrupts(), index)?)
             }
             Request::DeviceSetIrqs(set) => {
-                match irqs::set(&self.device.function.interrupts(), &set, fds)? {
+                match irqs::set(&self.device.function.interrupts(), &set, fds, &self.fds)? {
                     Watch::Nothing => {}
                     Watch::Mask(line) => {
                         watch(&self.watcher, &mut self.mask_intx, line, Source::MaskIntx)?;
@@ -191,10 +196,11 @@ impl<'a> Attendance<'a> {
             }
             Request::DeviceReset => {
                 self.data_path.stop_all(Instant::now() + DRAIN_LIMIT).map_err(|error| {
-                    error!("{}: DEVICE_RESET: {error}; the storage does not answer", self.name);
+                    self.log.error(format_args!("DEVICE_RESET: {error}; the storage does not answer"));
                     Errno::EBUSY
                 })?;
                 self.data_path.forget_all();
+                self.events.forget();
                 self.unsettled.clear();
                 self.device.function.reset();
                 Reply::Done
@@ -206,14 +212,14 @@ impl<'a> Attendance<'a> {
 
     fn dma_unmap(&mut self, unmap: DmaUnmap) -> Result<Reply<'static>, Errno> {
         let released = self.memory.unmap(&unmap).map_err(|error| {
-            warn!("{}: DMA_UNMAP: {error}", self.name);
+            self.log.warn(format_args!("DMA_UNMAP: {error}"));
             Errno::EINVAL
         })?;
         // The queues let go of what they only remember; what requests in flight hold is gone when they end.
         self.data_path.refresh();
         let deadline = Instant::now() + DRAIN_LIMIT;
         if !released.iter().all(|release| release.wait(deadline)) {
-            error!("{}: DMA_UNMAP: requests still use that memory; the storage does not answer", self.name);
+            self.log.error(format_args!("DMA_UNMAP: requests still use that memory; the storage does not answer"));
             return Err(Errno::EBUSY);
         }
         Ok(Reply::DmaUnmap(unmap))
@@ -240,7 +246,7 @@ impl<'a> Attendance<'a> {
     /// Reads into `self.scratch`.
     fn region_read(&mut self, index: u32, offset: u64, count: u32) -> Result<(), Errno> {
         let (region, size) = self.region(index)?;
-        if u64::from(count) > size {
+        if u64::from(count) > size || count > self.device.limits.data_xfer_size {
             return Err(Errno::EINVAL);
         }
         self.scratch.clear();
@@ -288,7 +294,7 @@ impl<'a> Attendance<'a> {
             match made {
                 Ok(doorbell) => self.doorbells.push(doorbell),
                 Err(error) => {
-                    error!("{}: no eventfd for the doorbell of queue {queue}: {error}", self.name);
+                    self.log.error(format_args!("no eventfd for the doorbell of queue {queue}: {error}"));
                     return sender.refuse(to, error.raw_os_error().map_or(Errno::EIO, Errno::from_raw));
                 }
             }
@@ -305,19 +311,19 @@ impl<'a> Attendance<'a> {
             Effect::Kick(queue) => self.data_path.kick(queue),
             Effect::Start => {
                 if let Err((queue, error)) = self.data_path.start_all(self.device) {
-                    error!("{}: queue {queue} cannot be started: {error}; the device needs a reset", self.name);
+                    self.log.error(format_args!("queue {queue} cannot be started: {error}; the device needs a reset"));
                     self.needs_reset();
                 }
             }
             Effect::StartQueue(queue) => {
                 if let Err(error) = self.data_path.start(self.device, queue) {
-                    error!("{}: queue {queue} cannot be started: {error}; the device needs a reset", self.name);
+                    self.log.error(format_args!("queue {queue} cannot be started: {error}; the device needs a reset"));
                     self.needs_reset();
                 }
             }
             Effect::Stop => {
                 if let Err(error) = self.data_path.stop_all(deadline) {
-                    warn!("{}: bus mastering was turned off, but {error}", self.name);
+                    self.log.warn(format_args!("bus mastering was turned off, but {error}"));
                 }
             }
             Effect::StopQueue(queue) => {
@@ -339,12 +345,13 @@ impl<'a> Attendance<'a> {
     }
 
     fn settle_until(&mut self, deadline: Instant) {
-        let (data_path, function) = (&mut self.data_path, &mut self.device.function);
+        let (data_path, function, events) = (&mut self.data_path, &mut self.device.function, &self.events);
         self.unsettled.retain(|unsettled| match *unsettled {
             Unsettled::Reset => {
                 let rests = data_path.stop_all(deadline).is_ok();
                 if rests {
                     data_path.forget_all();
+                    events.forget();
                     function.reset_done();
                 }
                 !rests
@@ -359,7 +366,7 @@ impl<'a> Attendance<'a> {
             }
         });
         if !self.unsettled.is_empty() {
-            debug!("{}: a reset waits for requests in flight", self.name);
+            self.log.debug(format_args!("a reset waits for requests in flight"));
         }
     }
 

@@ -5,6 +5,7 @@ use std::time::Instant;
 
 use virtio::memory::{GuestMemory, RingAddresses, SharedTable};
 use virtio::queue::{QueueState, RingFeatures};
+use virtio_bindings::virtio_config::{VIRTIO_F_IN_ORDER, VIRTIO_F_RING_PACKED};
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 
 use super::{DRAIN_LIMIT, Events};
@@ -20,8 +21,8 @@ pub(super) struct DataPath {
 }
 
 enum Slot {
-    /// Not started since the last reset, or paused: where to go on.
-    Stopped(QueueState),
+    /// Paused: where to go on; or not started since the last reset.
+    Stopped(Option<QueueState>),
     Running(Attached),
     /// Was stopped, and still has requests in flight.
     Stopping(Detaching),
@@ -29,7 +30,7 @@ enum Slot {
 
 impl DataPath {
     pub(super) fn new(pool: Arc<Pool>, memory: Arc<SharedTable>, events: Arc<Events>, num_queues: u16) -> Self {
-        let queues = (0..num_queues).map(|_| Slot::Stopped(QueueState::default())).collect();
+        let queues = (0..num_queues).map(|_| Slot::Stopped(None)).collect();
         Self { pool, memory, events, queues }
     }
 
@@ -57,18 +58,21 @@ impl DataPath {
             index,
             place: QueuePlace {
                 size: setup.size,
-                addresses: RingAddresses { desc: setup.desc, avail: setup.driver, used: setup.device },
+                addresses: RingAddresses { desc: setup.desc, driver: setup.driver, device: setup.device },
+                packed: negotiated(VIRTIO_F_RING_PACKED),
             },
             features: RingFeatures {
                 event_idx: negotiated(VIRTIO_RING_F_EVENT_IDX),
                 indirect_desc: negotiated(VIRTIO_RING_F_INDIRECT_DESC),
+                in_order: negotiated(VIRTIO_F_IN_ORDER),
             },
             state,
             memory: GuestMemory::new(Arc::clone(&self.memory)),
             interrupt,
             events: Arc::clone(&self.events),
         })?;
-        *slot = Slot::Running(self.pool.attach(task, device.poll)?);
+        let worker = device.queue_workers.as_ref().and_then(|workers| workers.around(usize::from(index)));
+        *slot = Slot::Running(self.pool.attach(task, device.poll, worker)?);
         Ok(())
     }
 
@@ -112,7 +116,7 @@ impl DataPath {
     /// Forgets where a stopped queue stood: it was reset.
     pub(super) fn forget(&mut self, index: u16) {
         if let Some(slot @ Slot::Stopped(_)) = self.queues.get_mut(usize::from(index)) {
-            *slot = Slot::Stopped(QueueState::default());
+            *slot = Slot::Stopped(None);
         }
     }
 
@@ -126,7 +130,7 @@ impl DataPath {
 
 impl Slot {
     fn stop(&mut self) -> &mut Self {
-        *self = match std::mem::replace(self, Self::Stopped(QueueState::default())) {
+        *self = match std::mem::replace(self, Self::Stopped(None)) {
             Self::Running(queue) => Self::Stopping(queue.detach()),
             other => other,
         };
@@ -135,7 +139,7 @@ impl Slot {
 
     fn rest(&mut self, deadline: Instant) -> Result<(), StillBusy> {
         if let Self::Stopping(queue) = self {
-            *self = Self::Stopped(queue.wait_until(deadline).ok_or(StillBusy)?);
+            *self = Self::Stopped(Some(queue.wait_until(deadline).ok_or(StillBusy)?));
         }
         Ok(())
     }

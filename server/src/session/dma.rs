@@ -6,19 +6,29 @@ use std::sync::{Arc, Weak};
 
 use vfio_user::{DmaMap, DmaUnmap, Errno};
 use virtio::memory::{
-    Access, Mapping, MappingError, MemoryFile, MemoryFileError, OverlapError, Release, SharedTable, UnmapError,
+    Access, FileIdentity, Loss, Mapping, MappingError, MemoryFile, MemoryFileError, OverlapError, Release, SharedTable,
+    UnmapError, is_plain_memory,
 };
 
-/// The most ranges of one client, as VERSION tells it (`max_dma_maps`).
-pub(super) const MAX_DMA_MAPS: u64 = 65535;
+use super::allowance::Allowance;
+use crate::config::{ClientLimits, Size};
 
 /// Why a range was not mapped.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum MapError {
     #[error("{0} descriptors came with it; at most one belongs to a range")]
     Descriptors(usize),
-    #[error("{MAX_DMA_MAPS} ranges are mapped, which is the limit")]
-    TooMany,
+    #[error("{0} ranges are mapped, which is the limit (--max-dma-maps)")]
+    TooMany(u32),
+    #[error("its file is {0}, and with the others more than {1}, which is the limit (--max-guest-memory)", Size(*.len), Size(*.limit))]
+    TooLarge { len: u64, limit: u64 },
+    #[error("{0} descriptors of the client's are open, which is the limit (--max-fds)")]
+    TooManyFds(u64),
+    #[error(
+        "its file lies on a file system that is not this machine's memory, and might have the server wait: \
+         give the guest's RAM a memfd, tmpfs or hugetlbfs, or this server --any-memory-file"
+    )]
+    NotPlainMemory,
     #[error(transparent)]
     Mapping(#[from] MappingError),
     #[error(transparent)]
@@ -28,7 +38,10 @@ pub(super) enum MapError {
 impl MapError {
     pub(super) fn errno(&self) -> Errno {
         match self {
-            Self::TooMany => Errno::ENOSPC,
+            Self::TooMany(_) => Errno::ENOSPC,
+            Self::TooLarge { .. } => Errno::ENOMEM,
+            Self::TooManyFds(_) => Errno::EMFILE,
+            Self::NotPlainMemory => Errno::EACCES,
             Self::Overlap(_) => Errno::EEXIST,
             Self::Mapping(MappingError::ReadOnlyFile) => Errno::EACCES,
             Self::Mapping(MappingError::File(MemoryFileError::Map(error))) => {
@@ -44,11 +57,19 @@ pub(super) struct ClientMemory {
     table: Arc<SharedTable>,
     /// The files that live mappings point into: each is mapped once.
     files: Vec<Weak<MemoryFile>>,
+    limits: ClientLimits,
+    /// Bytes of files to map.
+    bytes: Arc<Allowance>,
+    /// Descriptors to keep, these and others.
+    fds: Arc<Allowance>,
+    /// Told when a file has become shorter than it was.
+    loss: Arc<Loss>,
 }
 
 impl ClientMemory {
-    pub(super) fn new() -> Self {
-        Self { table: Arc::default(), files: Vec::new() }
+    pub(super) fn new(limits: ClientLimits, fds: Arc<Allowance>, loss: Arc<Loss>) -> Self {
+        let bytes = Allowance::new(limits.guest_memory);
+        Self { table: Arc::default(), files: Vec::new(), limits, bytes, fds, loss }
     }
 
     /// What the queues look at.
@@ -60,13 +81,13 @@ impl ClientMemory {
     pub(super) fn map(&mut self, request: &DmaMap, mut fds: Vec<OwnedFd>) -> Result<(), MapError> {
         let count = fds.len();
         let (fd, true) = (fds.pop(), fds.is_empty()) else { return Err(MapError::Descriptors(count)) };
-        if self.table.load().len() as u64 >= MAX_DMA_MAPS {
-            return Err(MapError::TooMany);
+        if self.table.load().len() as u64 >= u64::from(self.limits.dma_maps) {
+            return Err(MapError::TooMany(self.limits.dma_maps));
         }
         let access = Access { read: request.readable, write: request.writeable };
         let mapping = match fd {
             Some(fd) => {
-                let file = self.file(File::from(fd)).map_err(MappingError::from)?;
+                let file = self.file(File::from(fd))?;
                 Mapping::of_file(request.address, request.size, access, file, request.offset)?
             }
             None => Mapping::unreachable(request.address, request.size, access)?,
@@ -91,14 +112,24 @@ impl ClientMemory {
     }
 
     /// `file` mapped, or what was mapped of the same file before.
-    fn file(&mut self, file: File) -> Result<Arc<MemoryFile>, MemoryFileError> {
+    fn file(&mut self, file: File) -> Result<Arc<MemoryFile>, MapError> {
+        let unfit = |error: MemoryFileError| MapError::Mapping(error.into());
+        let (identity, len) = FileIdentity::of(&file).map_err(unfit)?;
         self.files.retain(|known| known.strong_count() > 0);
-        for known in self.files.iter().filter_map(Weak::upgrade) {
-            if known.is(&file)? {
-                return Ok(known);
-            }
+        let known = self.files.iter().filter_map(Weak::upgrade).find(|known| known.is(identity, len));
+        if let Some(known) = known {
+            return Ok(known);
         }
-        let mapped = Arc::new(MemoryFile::map(file)?);
+        if !self.limits.any_memory_file && !is_plain_memory(&file).map_err(unfit)? {
+            return Err(MapError::NotPlainMemory);
+        }
+        let fd = self.fds.take(1).ok_or(MapError::TooManyFds(self.fds.limit()))?;
+        let mapped = MemoryFile::map(file).map_err(unfit)?.watched(&self.loss);
+        // Its length as it was mapped, whatever the client makes it meanwhile.
+        let len = mapped.len();
+        let bytes = self.bytes.take(len).ok_or(MapError::TooLarge { len, limit: self.bytes.limit() })?;
+        mapped.on_release(move || drop((fd, bytes)));
+        let mapped = Arc::new(mapped);
         self.files.push(Arc::downgrade(&mapped));
         Ok(mapped)
     }

@@ -2,10 +2,12 @@
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering, fence};
 
 use crossbeam::queue::SegQueue;
 use nix::sys::eventfd::{EfdFlags, EventFd};
+use virtio::memory::Loss;
 
 /// Something that happened on the data path and that is the session's to deal with.
 pub(crate) enum Event {
@@ -19,13 +21,15 @@ pub(crate) enum Event {
 pub(crate) struct Events {
     events: SegQueue<Event>,
     ring_lost: AtomicBool,
+    memory_lost: Arc<Loss>,
     wake: EventFd,
 }
 
 impl Events {
     pub(crate) fn new() -> io::Result<Self> {
         let wake = EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?;
-        Ok(Self { events: SegQueue::new(), ring_lost: AtomicBool::new(false), wake })
+        let memory_lost = Arc::new(Loss::new()?);
+        Ok(Self { events: SegQueue::new(), ring_lost: AtomicBool::new(false), memory_lost, wake })
     }
 
     /// A queue stopped since its driver broke the rules.
@@ -36,6 +40,16 @@ impl Events {
     /// A queue was kicked, but its ring is blank.
     pub(crate) fn blank_ring(&self, queue: u16) {
         self.push(Event::BlankRing { queue });
+    }
+
+    /// The kernel did not find the client's memory (EFAULT), though it is mapped: as when we find it gone ourselves.
+    pub(crate) fn memory_lost(&self) {
+        self.memory_lost.tell();
+    }
+
+    /// Says that bytes of the client's memory are gone: its session ends.
+    pub(super) fn loss(&self) -> &Arc<Loss> {
+        &self.memory_lost
     }
 
     /// A queue's ring is not mapped: it wants to hear of the next mapping. Look for the ring once more afterwards.
@@ -58,6 +72,11 @@ impl Events {
     /// The oldest event.
     pub(super) fn pop(&self) -> Option<Event> {
         self.events.pop()
+    }
+
+    /// Forgets what the queues have told: they have been reset, and what they are started with is not to blame.
+    pub(super) fn forget(&self) {
+        while self.pop().is_some() {}
     }
 
     /// Becomes readable with an event; call [`drain`](Self::drain), then [`pop`](Self::pop) all.

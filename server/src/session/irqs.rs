@@ -11,6 +11,9 @@ use vfio_bindings::bindings::vfio::{
 };
 use vfio_user::{Errno, IrqAction, IrqData, IrqInfo, SetIrqs};
 
+use super::allowance::{Allowance, Share};
+use super::signal::{drain, signal};
+
 /// What an interrupt index is. ERR and REQ are refused: a client that finds ERR arms it.
 pub(super) fn info(interrupts: &Interrupts, index: u32) -> Result<IrqInfo, Errno> {
     let (flags, count) = match index {
@@ -35,8 +38,13 @@ pub(super) enum Watch {
 ///
 /// # Errors
 /// EINVAL for an interrupt that there is not, or descriptors that are no eventfds or too many or too few; ENOTSUP for
-/// what the kind of interrupt does not do. Nothing is changed then.
-pub(super) fn set(interrupts: &Interrupts, request: &SetIrqs<'_>, fds: Vec<OwnedFd>) -> Result<Watch, Errno> {
+/// what the kind of interrupt does not do; EMFILE if the client may not have as many descriptors kept. Nothing is changed then.
+pub(super) fn set(
+    interrupts: &Interrupts,
+    request: &SetIrqs<'_>,
+    fds: Vec<OwnedFd>,
+    allowance: &Arc<Allowance>,
+) -> Result<Watch, Errno> {
     let irq = match request.index {
         VFIO_PCI_INTX_IRQ_INDEX => Irq::Intx,
         VFIO_PCI_MSIX_IRQ_INDEX => Irq::Msix,
@@ -55,7 +63,8 @@ pub(super) fn set(interrupts: &Interrupts, request: &SetIrqs<'_>, fds: Vec<Owned
             if !fds.is_empty() && fds.len() != range.len() {
                 return Err(Errno::EINVAL);
             }
-            let mut lines = fds.into_iter().map(EventLine::new).collect::<Result<Vec<_>, _>>()?.into_iter();
+            let lines = fds.into_iter().map(|fd| EventLine::new(fd, allowance));
+            let mut lines = lines.collect::<Result<Vec<_>, _>>()?.into_iter();
             match (action, irq) {
                 (IrqAction::Trigger, _) => {
                     for vector in range {
@@ -90,11 +99,14 @@ pub(super) fn set(interrupts: &Interrupts, request: &SetIrqs<'_>, fds: Vec<Owned
 
 /// An eventfd of the client's.
 #[derive(Debug)]
-pub(super) struct EventLine(OwnedFd);
+pub(super) struct EventLine {
+    fd: OwnedFd,
+    _share: Share,
+}
 
 impl EventLine {
-    /// Takes a descriptor if it is an eventfd, and makes it non-blocking: one that is full must not hold a worker up.
-    fn new(fd: OwnedFd) -> Result<Self, Errno> {
+    /// Takes a descriptor if it is an eventfd, and makes it non-blocking; see [`signal`] for what a client can make of that.
+    fn new(fd: OwnedFd, allowance: &Arc<Allowance>) -> Result<Self, Errno> {
         use std::os::fd::AsRawFd;
         let name = nix::fcntl::readlink(format!("/proc/self/fd/{}", fd.as_raw_fd()).as_str())?;
         if name.to_string_lossy() != "anon_inode:[eventfd]" {
@@ -102,23 +114,19 @@ impl EventLine {
         }
         let flags = OFlag::from_bits_truncate(fcntl(&fd, FcntlArg::F_GETFL)?);
         fcntl(&fd, FcntlArg::F_SETFL(flags | OFlag::O_NONBLOCK))?;
-        Ok(Self(fd))
+        let share = allowance.take(1).ok_or(Errno::EMFILE)?;
+        Ok(Self { fd, _share: share })
     }
 
     /// Takes what was signalled.
     pub(super) fn drain(&self) {
-        let mut count = [0; 8];
-        // EAGAIN: nothing was.
-        let _empty = nix::unistd::read(&self.0, &mut count);
+        drain(self.fd.as_fd());
     }
 }
 
 impl Interrupt for EventLine {
     fn signal(&self) {
-        // EAGAIN: its counter is full, so it is signalled.
-        if let Err(error) = nix::unistd::write(&self.0, &1u64.to_ne_bytes())
-            && error != Errno::EAGAIN
-        {
+        if let Err(error) = signal(self.fd.as_fd()) {
             log::warn!("cannot signal an interrupt: {error}");
         }
     }
@@ -126,6 +134,6 @@ impl Interrupt for EventLine {
 
 impl AsFd for EventLine {
     fn as_fd(&self) -> BorrowedFd<'_> {
-        self.0.as_fd()
+        self.fd.as_fd()
     }
 }

@@ -5,24 +5,30 @@
 //! an end. How a message becomes an [`Effect`](pci::Effect) is the function's business, what follows from it is in
 //! [`attendance`].
 
+mod allowance;
 mod attendance;
+mod client_log;
 mod data_path;
 mod dma;
 mod events;
 mod irqs;
 mod negotiation;
+mod signal;
 mod watcher;
 
+use std::error::Error;
+use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use log::{debug, error, info, warn};
 use vfio_user::{Connection, ConnectionError, Limits, Received, Request};
 
+use crate::config::ClientLimits;
 use crate::device::Device;
 use crate::listener::Listener;
 use crate::worker::Pool;
 use attendance::Attendance;
+use client_log::ClientLog;
 use events::Event;
 pub(crate) use events::Events;
 pub(crate) use watcher::Stop;
@@ -37,7 +43,7 @@ const DRAIN_REPORT: Duration = Duration::from_secs(10);
 
 /// A device, its socket, and the workers that serve it.
 pub(crate) struct Session {
-    name: String,
+    log: ClientLog,
     device: Device,
     listener: Listener,
     pool: Arc<Pool>,
@@ -54,26 +60,24 @@ enum End {
 
 impl Session {
     pub(crate) fn new(device: Device, listener: Listener, pool: Arc<Pool>, stop: Arc<Stop>) -> Self {
-        Self { name: listener.path().display().to_string(), device, listener, pool, stop }
+        Self { log: ClientLog::new(listener.path().display()), device, listener, pool, stop }
     }
 
     /// Serves one client after the other until the server stops; then everything that was completed is on stable storage.
     ///
     /// # Errors
-    /// If the system refuses something without which no client can be served, or the storage fails at the end.
+    /// If no client can be listened for, or the storage fails at the end.
     pub(crate) fn run(mut self) -> std::io::Result<()> {
         loop {
             let Some(stream) = self.listener.accept(&self.stop)? else { break };
-            info!("{}: a client has connected", self.name);
-            let end = match Connection::new(stream, Limits::default()) {
-                Ok(connection) => self.attend(connection),
-                Err(error) => {
-                    error!("{}: {error}", self.name);
-                    Ok(End::Client)
-                }
-            };
-            match end? {
-                End::Client => info!("{}: the client has gone; waiting for the next", self.name),
+            self.log.info(format_args!("a client has connected"));
+            // What the system refuses, for want of descriptors perhaps, it refuses this client; the next may have more luck.
+            let end = self.attend(stream).unwrap_or_else(|error| {
+                self.log.error(format_args!("the client cannot be served: {error}"));
+                End::Client
+            });
+            match end {
+                End::Client => self.log.info(format_args!("the client has gone; waiting for the next")),
                 End::Server => break,
             }
         }
@@ -81,17 +85,18 @@ impl Session {
     }
 
     /// Serves one client from its first message until it has gone and nothing of it is left.
-    fn attend(&mut self, mut connection: Connection) -> std::io::Result<End> {
+    fn attend(&mut self, stream: UnixStream) -> Result<End, Box<dyn Error>> {
+        let mut connection = Connection::new(stream, message_limits(&self.device.limits))?;
         let events = Arc::new(Events::new()?);
         let watcher = Watcher::new(&connection, &events, &self.stop)?;
         let mut attendance =
-            Attendance::new(&self.name, &mut self.device, Arc::clone(&self.pool), Arc::clone(&events), watcher);
+            Attendance::new(&self.log, &mut self.device, Arc::clone(&self.pool), Arc::clone(&events), watcher);
         let end = loop {
-            match serve_once(&self.name, &mut connection, &mut attendance, &events) {
+            match serve_once(&self.log, &mut connection, &mut attendance, &events) {
                 Ok(None) => {}
                 Ok(Some(end)) => break end,
                 Err(error) => {
-                    warn!("{}: {error}", self.name);
+                    self.log.warn(format_args!("{error}"));
                     break End::Client;
                 }
             }
@@ -100,15 +105,21 @@ impl Session {
         // that no late write of the one overtakes a write of the other.
         drop(connection);
         while !attendance.leave(Instant::now() + DRAIN_REPORT) {
-            warn!("{}: requests are still in flight; waiting for the storage", self.name);
+            self.log.warn(format_args!("requests are still in flight; waiting for the storage"));
         }
         Ok(end)
     }
 }
 
+/// The bounds of messages, with room for what surrounds the bytes of a region access. Two of the largest may wait.
+fn message_limits(limits: &ClientLimits) -> Limits {
+    let max_message_size = (limits.data_xfer_size as usize).saturating_add(4096);
+    Limits { max_message_size, max_pending: max_message_size.saturating_mul(2), ..Limits::default() }
+}
+
 /// Waits for whatever comes next and deals with it.
 fn serve_once(
-    name: &str,
+    log: &ClientLog,
     connection: &mut Connection,
     attendance: &mut Attendance<'_>,
     events: &Events,
@@ -118,12 +129,20 @@ fn serve_once(
         .watcher
         .wait(connection, connection.sender.has_pending())
         .map_err(|source| ConnectionError::Socket { action: "wait for", source })?;
+    // Before all else: what the queues have made of such memory is not the guest's doing.
+    if events.loss().happened() {
+        log.error(format_args!(
+            "memory of the client's is gone while the device was using it: its file was made shorter, or there are no pages \
+             for it. The session ends"
+        ));
+        return Ok(Some(End::Client));
+    }
     for source in sources {
         match source {
             Source::Stop => return Ok(Some(End::Server)),
             Source::Socket => {
                 connection.sender.flush()?;
-                if let Some(end) = receive(name, connection, attendance)? {
+                if let Some(end) = receive(log, connection, attendance)? {
                     return Ok(Some(end));
                 }
             }
@@ -132,20 +151,22 @@ fn serve_once(
                 while let Some(event) = events.pop() {
                     match event {
                         Event::Fault { queue, error } => {
-                            error!("{name}: queue {queue}: {error}; the device needs a reset");
+                            log.error(format_args!("queue {queue}: {error}; the device needs a reset"));
                             attendance.needs_reset();
                         }
-                        Event::BlankRing { queue } => error!(
-                            "{name}: queue {queue} was kicked, but its ring is blank: the guest's RAM is not shared with \
+                        Event::BlankRing { queue } => log.error(format_args!(
+                            "queue {queue} was kicked, but its ring is blank: the guest's RAM is not shared with \
                              this server. Start QEMU with -object memory-backend-memfd,id=mem,size=...,share=on and \
                              -machine memory-backend=mem"
-                        ),
+                        )),
                     }
                 }
             }
             Source::Doorbell(queue) => attendance.doorbell(queue),
             Source::MaskIntx => attendance.mask_intx(),
             Source::UnmaskIntx => attendance.unmask_intx(),
+            // Looked at first.
+            Source::MemoryLost => {}
         }
     }
     Ok(None)
@@ -153,7 +174,7 @@ fn serve_once(
 
 /// Answers the messages that have arrived, some at most.
 fn receive(
-    name: &str,
+    log: &ClientLog,
     connection: &mut Connection,
     attendance: &mut Attendance<'_>,
 ) -> Result<Option<End>, ConnectionError> {
@@ -168,16 +189,16 @@ fn receive(
                     attendance.answer(sender, reply_to, request, payload.len(), fds)?;
                 }
                 Err(errno) => {
-                    debug!("{name}: command {command} refused: {errno}");
+                    log.debug(format_args!("command {command} refused: {errno}"));
                     sender.refuse(reply_to, errno)?;
                 }
             },
             Received::Refused { reply_to, errno } => {
-                warn!("{name}: a message (command {}) was refused: {errno}", reply_to.command());
+                log.warn(format_args!("a message (command {}) was refused: {errno}", reply_to.command()));
                 sender.refuse(reply_to, errno)?;
             }
             // We send no commands.
-            Received::Reply { .. } => debug!("{name}: a reply to nothing was ignored"),
+            Received::Reply { .. } => log.debug(format_args!("a reply to nothing was ignored")),
             Received::WouldBlock => break,
             Received::Closed => return Ok(Some(End::Client)),
         }

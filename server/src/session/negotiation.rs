@@ -2,15 +2,13 @@
 
 use vfio_user::{Capabilities, Errno, Reply, Version};
 
-use super::dma::MAX_DMA_MAPS;
+use crate::config::ClientLimits;
 
 /// The protocol's version that we speak.
 const MAJOR: u16 = 0;
 const MINOR: u16 = 1;
 /// The most descriptors with one message; QEMU takes no more.
 pub(super) const MAX_MSG_FDS: u64 = 16;
-/// The most bytes of one region access; no region is larger.
-const MAX_DATA_XFER_SIZE: u64 = 1 << 20;
 /// The unit of DMA ranges, in bytes.
 const PAGE_SIZE: u64 = 4096;
 
@@ -19,7 +17,7 @@ const PAGE_SIZE: u64 = 4096;
 ///
 /// # Errors
 /// ENOTSUP if the client speaks another major version.
-pub(super) fn answer(proposed: &Version, room: usize) -> Result<Version, Errno> {
+pub(super) fn answer(proposed: &Version, limits: &ClientLimits, room: usize) -> Result<Version, Errno> {
     if proposed.major != MAJOR {
         return Err(Errno::ENOTSUP);
     }
@@ -29,8 +27,8 @@ pub(super) fn answer(proposed: &Version, room: usize) -> Result<Version, Errno> 
         minor: proposed.minor.min(MINOR),
         capabilities: Capabilities {
             max_msg_fds: theirs.max_msg_fds.and(Some(MAX_MSG_FDS)),
-            max_data_xfer_size: theirs.max_data_xfer_size.and(Some(MAX_DATA_XFER_SIZE)),
-            max_dma_maps: theirs.max_dma_maps.and(Some(MAX_DMA_MAPS)),
+            max_data_xfer_size: theirs.max_data_xfer_size.and(Some(limits.data_xfer_size.into())),
+            max_dma_maps: theirs.max_dma_maps.and(Some(limits.dma_maps.into())),
             pgsizes: theirs.pgsizes.and(Some(PAGE_SIZE)),
             ..Capabilities::default()
         },

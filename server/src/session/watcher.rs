@@ -19,6 +19,8 @@ pub(super) enum Source {
     Socket,
     /// A worker.
     Events,
+    /// Whoever found the client's memory gone.
+    MemoryLost,
     /// The eventfd that a client uses as a queue's doorbell.
     Doorbell(u16),
     /// The eventfd by which a client masks INTx.
@@ -37,6 +39,7 @@ impl Source {
             Self::Events => 2,
             Self::MaskIntx => 3,
             Self::UnmaskIntx => 4,
+            Self::MemoryLost => 5,
             Self::Doorbell(queue) => Self::DOORBELLS | u64::from(queue),
         }
     }
@@ -48,6 +51,7 @@ impl Source {
             2 => Self::Events,
             3 => Self::MaskIntx,
             4 => Self::UnmaskIntx,
+            5 => Self::MemoryLost,
             _ => Self::Doorbell(u16::try_from(data ^ Self::DOORBELLS).ok()?),
         })
     }
@@ -89,6 +93,7 @@ impl Watcher {
         watcher.add(stop.as_fd(), Source::Stop)?;
         watcher.add(connection.as_fd(), Source::Socket)?;
         watcher.add(events.fd(), Source::Events)?;
+        watcher.add(events.loss().as_fd(), Source::MemoryLost)?;
         Ok(watcher)
     }
 

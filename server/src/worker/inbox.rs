@@ -2,6 +2,7 @@
 
 use std::io;
 use std::sync::Arc;
+use std::time::Instant;
 
 use crossbeam::channel::Sender;
 use crossbeam::queue::SegQueue;
@@ -26,8 +27,8 @@ pub(super) enum Command {
         poll: PollPolicy,
         attached: Sender<io::Result<()>>,
     },
-    /// The driver kicked it.
-    Kick(QueueId),
+    /// The driver kicked it, at this time.
+    Kick(QueueId, Instant),
     /// Guest memory changed under it.
     Refresh(QueueId),
     /// Stop it, send its state when nothing is in flight any more, and forget it.
@@ -87,7 +88,7 @@ impl Doorbell {
     /// fills nobody's memory.
     pub(crate) fn ring(&self) {
         if self.rung.ring() {
-            self.inbox.push(Command::Kick(self.id));
+            self.inbox.push(Command::Kick(self.id, Instant::now()));
         }
     }
 

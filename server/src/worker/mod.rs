@@ -4,9 +4,12 @@
 //! round, each with a bounded amount of work; one that has nothing left arms its notifications and is set aside until it
 //! is kicked. With nothing awake the worker sleeps in its ring, where completions, kicks and commands wake it.
 //!
+//! A task that panics costs its queue, not its worker: see [`guarded`].
+//!
 //! No two workers share anything on the way of a request. What a session wants of a worker goes through the worker's
 //! [`Inbox`]; the worker answers by dropping or sending, never by waiting.
 
+mod guarded;
 mod inbox;
 mod patience;
 mod pool;
@@ -24,12 +27,14 @@ use virtio::queue::{Armed, QueueState};
 
 use crate::backend::uring::Uring;
 
+use guarded::{Guarded, guarded};
 use inbox::{Command, Inbox};
 pub(crate) use inbox::{Doorbell, QueueId};
 use patience::Patience;
-pub(crate) use pool::{Attached, Detaching, Pool};
+pub use pool::PoolError;
+pub(crate) use pool::{Attached, Detaching, Pool, WorkerPlan};
 
-/// How long a worker whose ring fails to wait sleeps in place of it.
+/// How long a worker whose ring fails to wait sleeps in place of it, or one that has panicked before it goes on.
 const BROKEN_RING_PAUSE: Duration = Duration::from_millis(100);
 
 /// What a round of work came to.
@@ -41,11 +46,20 @@ pub(crate) enum Round {
     Nothing,
 }
 
+/// How much a queue may do in a round.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Share {
+    /// As much as a queue's size: no other queue of the worker is awake.
+    Whole,
+    /// A few requests: others wait for their turn, and a queue that is flooded must not become theirs.
+    Part,
+}
+
 /// One queue, on the thread of its worker.
 pub(crate) trait QueueTask {
-    /// One round: takes requests, at most a queue's size, and queues them in the ring, which the worker then starts for all
-    /// queues; gives back what has completed, publishes it and signals.
-    fn run(&mut self) -> Round;
+    /// One round: takes requests, as many as its share allows, and queues them in the ring, which the worker then starts for
+    /// all queues; gives back what has completed, publishes it and signals.
+    fn run(&mut self, share: Share) -> Round;
 
     /// Asks for a kick with the next request and says whether there is none yet.
     fn arm(&mut self) -> Armed;
@@ -64,6 +78,10 @@ pub(crate) trait QueueTask {
 
     /// Where it stands in the queue, which is all that it leaves behind when nothing is in flight.
     fn state(&self) -> QueueState;
+
+    /// It has panicked, or its worker has, and it is about to be dropped with what it has in flight: has the device need a
+    /// reset.
+    fn give_up(&mut self, why: &str);
 }
 
 /// Makes a task on its worker's thread, where it stays.
@@ -72,7 +90,7 @@ pub(crate) type TaskBuilder = Box<dyn FnOnce(&Rc<Uring>) -> io::Result<Box<dyn Q
 struct Entry {
     id: QueueId,
     doorbell: Arc<Doorbell>,
-    task: Box<dyn QueueTask>,
+    task: Guarded,
     patience: Patience,
     /// Where to send the state once the last request is given back.
     stopping: Option<Sender<QueueState>>,
@@ -93,8 +111,19 @@ impl Worker {
         Self { inbox, ring, awake: Vec::new(), idle: HashMap::new() }
     }
 
-    /// Serves until the pool is dropped.
+    /// Serves until the pool is dropped. A panic of the worker's own costs it the queues that it has, not its thread.
     fn run(mut self) {
+        while let Err(why) = guarded(|| self.serve()) {
+            log::error!("a worker panicked: {why}; it gives up its queues and goes on");
+            for entry in self.awake.iter_mut().chain(self.idle.values_mut()) {
+                entry.task.give_up(&format!("a defect of this server: its worker panicked: {why}"));
+            }
+            // Should it panic at once again, then not as fast as it can.
+            std::thread::sleep(BROKEN_RING_PAUSE);
+        }
+    }
+
+    fn serve(&mut self) {
         // Since when there has been nothing to do. The clock is read only then, so that it costs no request anything.
         let mut idle_since = None;
         // Whether the last round's requests are still in the ring, to be started by the call that sleeps.
@@ -130,9 +159,10 @@ impl Worker {
         }
     }
 
-    /// Whether a queue wants the worker awake after having had nothing to do for `idle`.
+    /// Whether a queue wants the worker awake after having had nothing to do for `idle`, or nothing would wake it for what
+    /// is in flight.
     fn stays_awake(&self, idle: Duration) -> bool {
-        self.awake.iter().any(|entry| entry.patience.lasts(idle))
+        self.ring.is_polling() || self.awake.iter().any(|entry| entry.patience.lasts(idle))
     }
 
     /// Starts what the queues have left in the ring.
@@ -146,8 +176,9 @@ impl Worker {
     fn run_awake(&mut self) -> Round {
         let mut any = Round::Nothing;
         let (mut stopped, mut quiet) = (false, false);
+        let share = if self.awake.len() > 1 { Share::Part } else { Share::Whole };
         for entry in &mut self.awake {
-            let round = entry.task.run();
+            let round = entry.task.run(share);
             quiet |= entry.patience.after(round);
             stopped |= entry.stopping.is_some();
             if round == Round::Progress {
@@ -172,7 +203,7 @@ impl Worker {
     fn execute(&mut self, command: Command) {
         match command {
             Command::Attach { id, doorbell, build, poll, attached } => {
-                let result = build(&self.ring).map(|task| {
+                let result = Guarded::build(build, &self.ring).map(|task| {
                     // Awake at first: the driver may have added requests before it was known here.
                     let patience = Patience::new(poll);
                     self.awake.push(Entry { id, doorbell, task, patience, stopping: None });
@@ -180,8 +211,9 @@ impl Worker {
                 // A session that has gone meanwhile detaches what it attached.
                 let _gone = attached.send(result);
             }
-            Command::Kick(id) => {
+            Command::Kick(id, at) => {
                 if let Some(entry) = self.wake(id) {
+                    entry.patience.kicked(at);
                     entry.doorbell.answered();
                     entry.task.kicked();
                 }
@@ -211,11 +243,14 @@ impl Worker {
     }
 
     fn let_go_of_stopped(&mut self) {
-        for entry in self.awake.extract_if(.., |entry| entry.stopping.is_some() && entry.task.in_flight() == 0) {
-            if let Some(detached) = entry.stopping {
-                // Nobody waits any more if the session gave up on a store that did not answer.
-                let _gone = detached.send(entry.task.state());
-            }
+        let over = |entry: &mut Entry| entry.stopping.is_some() && entry.task.in_flight() == 0;
+        for Entry { stopping, task, .. } in self.awake.extract_if(.., over) {
+            let Some(detached) = stopping else { continue };
+            let state = task.state();
+            // Guest memory that it holds is to be gone when the session goes on.
+            drop(task);
+            // Nobody waits any more if the session gave up on a store that did not answer.
+            let _gone = detached.send(state);
         }
     }
 
@@ -253,7 +288,7 @@ impl Worker {
 
 #[cfg(test)]
 mod tests {
-    use virtio::memory::PinnedBuffers;
+    use std::sync::atomic::{AtomicBool, Ordering};
 
     use super::*;
     use crate::backend::contract::Guest;
@@ -268,10 +303,11 @@ mod tests {
         guest: Guest,
         left: u32,
         inbox: Arc<Inbox>,
+        given_up: Arc<AtomicBool>,
     }
 
     impl QueueTask for OneAtATime {
-        fn run(&mut self) -> Round {
+        fn run(&mut self, _: Share) -> Round {
             let mut done = Vec::new();
             self.backend.reap(&mut done);
             assert!(done.iter().all(|done| done.result.is_ok()));
@@ -282,8 +318,9 @@ mod tests {
             if self.left == 0 {
                 self.inbox.push(Command::Exit);
             }
-            let buffers: Box<PinnedBuffers> = self.guest.buffers(&[(0, 4096)]).into();
-            assert!(self.backend.submit(Io { token: 0, op: Op::Read { offset: 0 }, buffers }).is_ok());
+            let buffers = self.guest.buffers(&[(0, 4096)]);
+            let read = Io { token: 0, op: Op::Read { offset: 0 }, buffers };
+            assert!(self.backend.submit(Box::new(read)).is_ok());
             Round::Progress
         }
 
@@ -304,6 +341,11 @@ mod tests {
         fn state(&self) -> QueueState {
             QueueState::default()
         }
+
+        fn give_up(&mut self, _: &str) {
+            self.given_up.store(true, Ordering::SeqCst);
+            self.inbox.push(Command::Exit);
+        }
     }
 
     #[test]
@@ -316,23 +358,26 @@ mod tests {
             cache: Cache::None,
             size: Some(4096),
             fixed_buffers: false,
+            iopoll: false,
         };
         let store = FileStore::open(&options).unwrap();
         let waker = Waker::new().unwrap();
         let ring = Rc::new(Uring::new(&waker).unwrap());
         let inbox = Arc::new(Inbox::new(waker));
         let (id, attached) = (QueueId(0), crossbeam::channel::bounded(1).0);
+        let given_up = Arc::new(AtomicBool::new(false));
         let build = {
-            let inbox = Arc::clone(&inbox);
+            let (inbox, given_up) = (Arc::clone(&inbox), Arc::clone(&given_up));
             let task = move |ring: &Rc<Uring>| -> io::Result<Box<dyn QueueTask>> {
                 let backend = store.attach(ring)?;
-                Ok(Box::new(OneAtATime { backend, guest: Guest::new(), left: READS, inbox }))
+                Ok(Box::new(OneAtATime { backend, guest: Guest::new(), left: READS, inbox, given_up }))
             };
             Box::new(task)
         };
         let doorbell = Arc::new(Doorbell::new(id, Arc::clone(&inbox)));
         inbox.push(Command::Attach { id, doorbell, build, poll: PollPolicy::Never, attached });
         Worker::new(Arc::clone(&inbox), Rc::clone(&ring)).run();
+        assert!(!given_up.load(Ordering::SeqCst));
         // Besides: that a completion was not there yet when the call ended, now and then.
         let calls = ring.system_calls();
         assert!(calls <= u64::from(READS) + u64::from(READS) / 10, "{calls} calls for {READS} reads");

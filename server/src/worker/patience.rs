@@ -4,6 +4,9 @@
 //! processor. An adaptive queue stays awake for a while that it learns: when a request comes soon after the worker fell
 //! asleep, staying awake would have paid, and the while grows; when none comes for long, it was in vain, and the while shrinks,
 //! soon to nothing. An idle device therefore costs nothing, and one request now and then costs no more than its own wake-up.
+//!
+//! A request has come when its kick was heard, not when the worker was awake at last: else the time that waking takes, which
+//! is what staying awake would have saved, would speak against staying awake.
 
 use std::time::{Duration, Instant};
 
@@ -27,12 +30,14 @@ pub(super) struct Patience {
     window: Duration,
     /// Since when the queue has had nothing to do, if its worker has slept since.
     slept: Option<Instant>,
+    /// When a kick came.
+    kicked: Option<Instant>,
     quiet_rounds: u32,
 }
 
 impl Patience {
     pub(super) fn new(policy: PollPolicy) -> Self {
-        Self { policy, window: Duration::ZERO, slept: None, quiet_rounds: 0 }
+        Self { policy, window: Duration::ZERO, slept: None, kicked: None, quiet_rounds: 0 }
     }
 
     /// Whether to stay awake after having had nothing to do for `idle`.
@@ -52,7 +57,8 @@ impl Patience {
             Round::Progress => {
                 self.quiet_rounds = 0;
                 if let Some(since) = self.slept.take() {
-                    self.learn(since.elapsed());
+                    let news = self.kicked.take().unwrap_or_else(Instant::now);
+                    self.learn(news.saturating_duration_since(since));
                 }
             }
         }
@@ -64,9 +70,17 @@ impl Patience {
         self.quiet_rounds >= QUIET_ROUNDS && self.policy != PollPolicy::Always
     }
 
+    /// The driver has kicked.
+    pub(super) fn kicked(&mut self, at: Instant) {
+        self.kicked.get_or_insert(at);
+    }
+
     /// The worker falls asleep; there has been nothing to do since then.
     pub(super) fn sleeps(&mut self, since: Instant) {
-        self.slept.get_or_insert(since);
+        if self.slept.is_none() {
+            self.slept = Some(since);
+            self.kicked = None;
+        }
     }
 
     /// `gap` went by between two requests, and the worker slept in it.
@@ -107,6 +121,19 @@ mod tests {
             patience.learn(Duration::from_millis(1));
         }
         assert!(!patience.lasts(Duration::ZERO));
+    }
+
+    #[test]
+    fn a_request_has_come_when_its_kick_did() {
+        let mut patience = Patience::new(PollPolicy::Adaptive);
+        let long_ago = Instant::now() - Duration::from_secs(1);
+        patience.sleeps(long_ago);
+        patience.kicked(long_ago + Duration::from_micros(30));
+        patience.after(Round::Progress);
+        assert!(patience.lasts(Duration::from_micros(50)), "however long the worker took to wake up");
+        patience.sleeps(long_ago);
+        patience.after(Round::Progress);
+        assert!(!patience.lasts(Duration::from_micros(50)), "that kick was another request's");
     }
 
     #[test]

@@ -67,7 +67,7 @@ impl Rung {
 
 /// The flags under loom. A worker that sleeps in spite of something left for it is a deadlock, which loom reports.
 ///
-/// What loom can and cannot see is said with the models of the rings (`virtio/src/queue/model.rs`). Here it comes to
+/// What loom can and cannot see is said with the models of the rings (`virtio/src/queue/model/mod.rs`). Here it comes to
 /// this: at most three threads, one worker and two that want something of it, and with three at most three preemptions; what they leave is stored Relaxed, weaker
 /// than any queue would, so that the flags alone must order it; and the eventfd is a `Notify`, which may also wake
 /// for nothing. That the fences are needed is shown by `cargo xtask mutants`.

@@ -53,6 +53,13 @@ pub enum OpenFailure {
     /// Someone else uses it.
     #[error("it is in use: mounted, part of another device, or opened by another server")]
     Busy,
+    /// It cannot be polled.
+    #[error(
+        "iopoll needs a file system and a device with polled queues, and this has none: leave iopoll out, or have the \
+         device's driver make some (nvme: its parameter poll_queues, such as nvme.poll_queues=2 on the kernel's command \
+         line; /sys/block/DEVICE/queue/io_poll then says 1)"
+    )]
+    NoPolledQueues,
     /// The path led to two different files.
     #[error("it was replaced while it was being opened: try again")]
     Replaced,

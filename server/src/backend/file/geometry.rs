@@ -68,12 +68,21 @@ impl Device {
 
 /// Whether a hole that is punched in the device reaches it as "write zeroes, and unmap".
 fn frees(device: u64) -> bool {
+    queue_attribute(device, "write_zeroes_max_bytes").is_some_and(|bytes| bytes > 0)
+}
+
+/// Whether the device has polled queues; `None` if it does not say, as file systems with devices of their own do not.
+pub(super) fn has_polled_queues(device: u64) -> Option<bool> {
+    queue_attribute(device, "io_poll").map(|polled| polled > 0)
+}
+
+/// What the kernel says of a block device's queue.
+fn queue_attribute(device: u64, name: &str) -> Option<u64> {
     let device = format!("/sys/dev/block/{}:{}", major(device), minor(device));
     // A partition has no queue of its own.
-    ["queue", "../queue"].iter().any(|queue| {
-        fs::read_to_string(format!("{device}/{queue}/write_zeroes_max_bytes"))
-            .is_ok_and(|bytes| bytes.trim().parse().is_ok_and(|bytes: u64| bytes > 0))
-    })
+    ["queue", "../queue"]
+        .iter()
+        .find_map(|queue| fs::read_to_string(format!("{device}/{queue}/{name}")).ok()?.trim().parse().ok())
 }
 
 /// What direct I/O on a file asks for; powers of two, in bytes, up to [`MAX_ALIGNMENT`].

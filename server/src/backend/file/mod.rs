@@ -62,6 +62,8 @@ pub struct FileOptions {
     /// Whether guest memory that data goes to and comes from is pinned for as long as the client has it, in place of for
     /// each request. Helps direct I/O only. See the module `uring::memory` for what pinned memory means to a guest.
     pub fixed_buffers: bool,
+    /// Whether completions of direct reads and writes are looked for in the device's polled queues, in place of interrupts.
+    pub iopoll: bool,
 }
 
 /// A file or a block device.
@@ -78,6 +80,7 @@ struct Opened {
     direct: Option<Direct>,
     info: StoreInfo,
     fixed_buffers: bool,
+    iopoll: bool,
     /// Whether the file has said that it cannot free bytes.
     no_punch_hole: AtomicBool,
     /// Whether the file has said that it cannot zero bytes.
@@ -127,6 +130,9 @@ impl Store for FileStore {
     }
 
     fn attach(&self, ring: &Rc<Uring>) -> io::Result<Box<dyn Backend>> {
+        if self.0.iopoll && !ring.has_polled_lane() {
+            return Err(io::Error::new(io::ErrorKind::Unsupported, "this store needs a ring for polled completions"));
+        }
         Ok(Box::new(FileBackend { client: Client::new(ring, Shared::new(&self.0, ring))? }))
     }
 
@@ -140,7 +146,7 @@ struct FileBackend {
 }
 
 impl Backend for FileBackend {
-    fn submit(&mut self, io: Io) -> Result<(), Full> {
+    fn submit(&mut self, io: Box<Io>) -> Result<(), Full> {
         let transfer = Transfer::new(io, self.client.context());
         self.client.start(transfer).map_err(|transfer| Full(transfer.into_io()))
     }

@@ -5,15 +5,23 @@ use std::io;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::Path;
 use std::sync::atomic::AtomicBool;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, Flock, FlockArg, PosixFadviseAdvice, fallocate, posix_fadvise};
 
 use super::error::OpenFailure;
-use super::geometry::{Alignment, Device, MAX_ALIGNMENT};
+use super::geometry::{Alignment, Device, MAX_ALIGNMENT, has_polled_queues};
 use super::{Cache, Direct, FileOptions, Opened};
+use crate::backend::uring::can_poll;
 use crate::backend::{SECTOR, StoreInfo};
 
+/// How long a file may still be locked by a server that was killed: the kernel takes its io_uring apart, and lets go of the
+/// files in it, some time after the process has ended.
+const LOCK_PATIENCE: Duration = Duration::from_secs(2);
+/// How long to wait between attempts.
+const LOCK_PAUSE: Duration = Duration::from_millis(10);
 /// Bytes of the largest block of a file system that is worth a guest's while.
 const MAX_PREFERRED: u32 = 65536;
 
@@ -38,6 +46,9 @@ impl Opened {
             Cache::None => open_direct(options, &metadata, capacity)?,
             Cache::Writeback | Cache::Writethrough => None,
         };
+        if options.iopoll {
+            check_polled(direct.as_ref(), &metadata)?;
+        }
         if direct.is_some() {
             // For the coherence of the two descriptors; see the module. Not a failure of the store if it fails.
             let _ = posix_fadvise(&file, 0, 0, PosixFadviseAdvice::POSIX_FADV_RANDOM);
@@ -69,8 +80,8 @@ impl Opened {
             write_zeroes_unmap: frees,
         };
         let (no_punch_hole, no_zero_range) = (AtomicBool::new(!frees), AtomicBool::new(false));
-        let fixed_buffers = options.fixed_buffers;
-        Ok(Self { file, direct, info, fixed_buffers, no_punch_hole, no_zero_range, _lock: lock })
+        let (fixed_buffers, iopoll) = (options.fixed_buffers, options.iopoll);
+        Ok(Self { file, direct, info, fixed_buffers, iopoll, no_punch_hole, no_zero_range, _lock: lock })
     }
 }
 
@@ -145,17 +156,36 @@ fn open_direct(options: &FileOptions, of: &fs::Metadata, capacity: u64) -> Resul
     }
 }
 
+/// Refuses a file without polled queues, by which completions could be looked for.
+fn check_polled(direct: Option<&Direct>, metadata: &fs::Metadata) -> Result<(), OpenFailure> {
+    let Some(direct) = direct else { return Err(OpenFailure::NoPolledQueues) };
+    let device = if metadata.file_type().is_block_device() { metadata.rdev() } else { metadata.dev() };
+    // Some kernels read all the same, and are interrupted.
+    if has_polled_queues(device) == Some(false) {
+        return Err(OpenFailure::NoPolledQueues);
+    }
+    can_poll(&direct.file).map_err(|error| match error.raw_os_error() {
+        Some(libc::EOPNOTSUPP | libc::EINVAL) => OpenFailure::NoPolledQueues,
+        _ => OpenFailure::at("cannot read it by polling")(error),
+    })
+}
+
 /// Locks a regular file, if its file system can.
 fn lock(file: &File, read_only: bool) -> Result<Option<Flock<File>>, OpenFailure> {
     let how = if read_only { FlockArg::LockSharedNonblock } else { FlockArg::LockExclusiveNonblock };
-    let copy = file.try_clone().map_err(OpenFailure::at("cannot lock it"))?;
-    match Flock::lock(copy, how) {
-        Ok(lock) => Ok(Some(lock)),
-        Err((_, Errno::EWOULDBLOCK)) => Err(OpenFailure::Busy),
-        Err((_, error)) => {
-            log::debug!("its file system has no locks: {error}");
-            Ok(None)
-        }
+    let mut copy = file.try_clone().map_err(OpenFailure::at("cannot lock it"))?;
+    let deadline = Instant::now() + LOCK_PATIENCE;
+    loop {
+        copy = match Flock::lock(copy, how) {
+            Ok(lock) => return Ok(Some(lock)),
+            Err((copy, Errno::EWOULDBLOCK)) if Instant::now() < deadline => copy,
+            Err((_, Errno::EWOULDBLOCK)) => return Err(OpenFailure::Busy),
+            Err((_, error)) => {
+                log::debug!("its file system has no locks: {error}");
+                return Ok(None);
+            }
+        };
+        thread::sleep(LOCK_PAUSE);
     }
 }
 

@@ -7,11 +7,18 @@ use std::path::Path;
 use super::*;
 use crate::backend::Op;
 use crate::backend::contract::{Guest, Rig};
-use crate::backend::uring::Waker;
+use crate::backend::uring::{UringOptions, Waker};
 use virtio::memory::{Access, PinnedBuffers};
 
 fn options(path: &Path) -> FileOptions {
-    FileOptions { path: path.to_owned(), read_only: false, cache: Cache::None, size: None, fixed_buffers: false }
+    FileOptions {
+        path: path.to_owned(),
+        read_only: false,
+        cache: Cache::None,
+        size: None,
+        fixed_buffers: false,
+        iopoll: false,
+    }
 }
 
 fn refusal(options: &FileOptions) -> OpenFailure {
@@ -116,6 +123,42 @@ fn a_batch_takes_one_system_call() {
     }
 }
 
+/// Where there are polled queues, they are used; where there are none, the message names what to do.
+#[test]
+fn iopoll_works_or_is_refused_with_what_to_do() {
+    let (dir, path, closed) = store(Cache::None, 1 << 20);
+    drop(closed);
+    let polled = FileOptions { iopoll: true, ..options(&path) };
+    match FileStore::open(&polled) {
+        Ok(store) => {
+            let both = |waker: &Waker| Uring::with(waker, UringOptions { sqpoll: None, iopoll: true }).unwrap();
+            let mut rig = Rig::on(&store, both);
+            let buffers = rig.guest.buffers(&[(0, 4096)]);
+            rig.one(Op::Read { offset: 0 }, buffers).result.unwrap();
+        }
+        Err(error) => {
+            assert!(matches!(error.reason, OpenFailure::NoPolledQueues), "{error}");
+            for word in ["iopoll", "poll_queues", path.to_str().unwrap()] {
+                assert!(error.to_string().contains(word), "{error}");
+            }
+        }
+    }
+    // Direct I/O is the least that it takes.
+    let cached = FileOptions { cache: Cache::Writeback, ..polled };
+    assert!(matches!(refusal(&cached), OpenFailure::NoPolledQueues));
+    drop(dir);
+}
+
+#[test]
+fn iopoll_takes_a_ring_that_has_it() {
+    let (_dir, _path, mut store) = store(Cache::None, 1 << 20);
+    Arc::get_mut(&mut store.0).unwrap().iopoll = true;
+    let ring = Rc::new(Uring::new(&Waker::new().unwrap()).unwrap());
+    assert_eq!(store.attach(&ring).map(drop).unwrap_err().kind(), io::ErrorKind::Unsupported);
+    let ring = Uring::with(&Waker::new().unwrap(), UringOptions { sqpoll: None, iopoll: true }).unwrap();
+    assert!(store.attach(&Rc::new(ring)).is_ok());
+}
+
 /// A store with fixed buffers, of 1 MiB, that numbers its sectors.
 fn fixed_store() -> (tempfile::TempDir, FileStore) {
     let dir = tempfile::tempdir().unwrap();
@@ -147,6 +190,8 @@ fn fixed_buffers_follow_the_file_of_guest_memory_and_go_with_it() {
         check_read(&mut rig, &[(0, 512), (65536, 512), (8192, 4096)]);
         assert_eq!(rig.ring.registered().1, 1);
         check_read(&mut rig, &[((16 << 20) - 4096, 8192)]);
+        check_read(&mut rig, &[(0, 4096), (16 << 20, 4096)]);
+        check_read(&mut rig, &[(0, 4096), (8192, 512), ((16 << 20) - 512, 1024)]);
         assert_eq!(rig.ring.registered().1, 1);
         check_read(&mut rig, &[((40 << 20) - 4096, 4096)]);
         assert_eq!(rig.ring.registered().1, 2);
@@ -157,7 +202,7 @@ fn fixed_buffers_follow_the_file_of_guest_memory_and_go_with_it() {
         rig.submit(Op::Read { offset: 0 }, io).unwrap();
         rig.ring.submit().unwrap();
         assert_eq!(rig.ring.registered().1, 2, "still in use");
-        io = *rig.finish().pop().unwrap().io.buffers;
+        io = rig.finish().pop().unwrap().io.buffers;
         assert_eq!(rig.ring.registered().1, 2, "still in use");
         drop(io);
         // Even a thread that has nothing else to do wakes for it.

@@ -13,7 +13,7 @@ use virtio::memory::PinnedBuffers;
 
 use super::Opened;
 use super::geometry::Page;
-use crate::backend::uring::{FileName, FixedBuffers, Operation, RegisteredFile, Step, Uring};
+use crate::backend::uring::{FileName, FixedBuffers, Lane, Operation, RegisteredFile, Step, Uring};
 use crate::backend::{Completion, Io, Op};
 
 /// Pieces of a scatter list that the kernel takes at once (`UIO_MAXIOV`).
@@ -42,18 +42,26 @@ struct Resources {
     opened: Arc<Opened>,
     /// The file that is used most, as the ring knows it.
     registered: Option<RegisteredFile>,
+    /// The same as the polled lane knows it.
+    registered_polled: Option<RegisteredFile>,
     bounces: RefCell<Vec<Bounce>>,
 }
 
 impl Shared {
     pub(super) fn new(opened: &Arc<Opened>, ring: &Uring) -> Self {
-        let registered = ring.register(opened.main());
-        Self(Rc::new(Resources { opened: Arc::clone(opened), registered, bounces: RefCell::default() }))
+        let registered = ring.register(Lane::Interrupt, opened.main());
+        let registered_polled = if opened.iopoll { ring.register(Lane::Polled, opened.main()) } else { None };
+        let opened = Arc::clone(opened);
+        Self(Rc::new(Resources { opened, registered, registered_polled, bounces: RefCell::default() }))
     }
 
-    /// What an entry calls one of the store's files.
-    fn name(&self, file: &File) -> FileName {
-        match &self.0.registered {
+    /// What an entry on a lane calls one of the store's files.
+    fn name(&self, lane: Lane, file: &File) -> FileName {
+        let registered = match lane {
+            Lane::Interrupt => &self.0.registered,
+            Lane::Polled => &self.0.registered_polled,
+        };
+        match registered {
             Some(registered) if std::ptr::eq(file, self.0.opened.main()) => registered.name(),
             _ => FileName::descriptor(file),
         }
@@ -115,7 +123,7 @@ enum Work {
 
 /// One operation.
 pub(super) struct Transfer {
-    io: Io,
+    io: Box<Io>,
     work: Work,
     /// Bytes that entries have moved before.
     moved: u64,
@@ -127,7 +135,7 @@ pub(super) struct Transfer {
 }
 
 impl Transfer {
-    pub(super) fn new(io: Io, shared: &Shared) -> Self {
+    pub(super) fn new(io: Box<Io>, shared: &Shared) -> Self {
         let work = match io.op {
             Op::Read { .. } | Op::Write { .. } => Work::Move,
             Op::Flush => Work::Sync,
@@ -137,7 +145,7 @@ impl Transfer {
         Self { io, work, moved: 0, bounce: None, retries: 0, errno: None }
     }
 
-    pub(super) fn into_io(self) -> Io {
+    pub(super) fn into_io(self) -> Box<Io> {
         self.io
     }
 
@@ -189,7 +197,7 @@ impl Transfer {
         entry.flags(flags)
     }
 
-    fn move_entry(&mut self, shared: &Shared, fixed: &mut FixedBuffers<'_>) -> squeue::Entry {
+    fn move_entry(&mut self, lane: Lane, shared: &Shared, fixed: &mut FixedBuffers<'_>) -> squeue::Entry {
         let opened = &*shared.0.opened;
         let (offset, len) = self.left();
         let direct = opened.direct_for(offset, len);
@@ -200,7 +208,7 @@ impl Transfer {
             if matches!(self.io.op, Op::Write { .. }) {
                 bounce.fill(&self.io.buffers);
             }
-            let entry = self.move_pieces(shared.name(&direct.file), offset, &[bounce.iovec(len)], None);
+            let entry = self.move_pieces(shared.name(lane, &direct.file), offset, &[bounce.iovec(len)], None);
             self.bounce = Some(bounce);
             return entry;
         }
@@ -208,7 +216,7 @@ impl Transfer {
         let file = direct.map_or(&opened.file, |direct| &direct.file);
         // Through the page cache the data is copied: no page of the guest's has to be found and held.
         let buffer = if opened.fixed_buffers && direct.is_some() { fixed.find(&self.io.buffers) } else { None };
-        self.move_pieces(shared.name(file), offset, self.io.buffers.iovecs(), buffer)
+        self.move_pieces(shared.name(lane, file), offset, self.io.buffers.iovecs(), buffer)
     }
 
     /// `bytes` bytes of a read or write have been moved.
@@ -300,12 +308,25 @@ fn zeroing(opened: &Opened, unmap: bool) -> Work {
 unsafe impl Operation for Transfer {
     type Context = Shared;
 
+    fn lane(&self, shared: &Shared) -> Lane {
+        let opened = &*shared.0.opened;
+        // What is to be durable may come to more than the device's one command, of which no queue tells.
+        let durable = matches!(self.io.op, Op::Write { durable: true, .. });
+        let (offset, len) = self.left();
+        if opened.iopoll && self.work == Work::Move && !durable && opened.direct_for(offset, len).is_some() {
+            Lane::Polled
+        } else {
+            Lane::Interrupt
+        }
+    }
+
     fn entry(&mut self, shared: &Shared, fixed: &mut FixedBuffers<'_>) -> squeue::Entry {
         let opened = &*shared.0.opened;
-        let FileName { fd, flags } = shared.name(opened.main());
+        let lane = self.lane(shared);
+        let FileName { fd, flags } = shared.name(lane, opened.main());
         let (offset, len) = self.left();
         match self.work {
-            Work::Move => self.move_entry(shared, fixed),
+            Work::Move => self.move_entry(lane, shared, fixed),
             Work::PunchHole | Work::ZeroRange => {
                 let how =
                     if self.work == Work::PunchHole { libc::FALLOC_FL_PUNCH_HOLE } else { libc::FALLOC_FL_ZERO_RANGE };
@@ -314,7 +335,7 @@ unsafe impl Operation for Transfer {
             }
             Work::WriteZeroes => {
                 let file = opened.direct_for(offset, len).map_or(&opened.file, |direct| &direct.file);
-                let FileName { fd, flags } = shared.name(file);
+                let FileName { fd, flags } = shared.name(lane, file);
                 let len = len.min(size_of_val(&ZEROES) as u64) as u32;
                 opcode::Write::new(fd, ZEROES.as_ptr().cast(), len).offset(offset).build().flags(flags)
             }
@@ -358,14 +379,20 @@ mod tests {
 
     fn rig(dir: &tempfile::TempDir) -> Rig {
         let path = dir.path().join("image");
-        let options =
-            FileOptions { path, read_only: false, cache: Cache::None, size: Some(1 << 20), fixed_buffers: false };
+        let options = FileOptions {
+            path,
+            read_only: false,
+            cache: Cache::None,
+            size: Some(1 << 20),
+            fixed_buffers: false,
+            iopoll: false,
+        };
         let ring = Uring::new(&Waker::new().unwrap()).unwrap();
         Rig { shared: Shared::new(&FileStore::open(&options).unwrap().0, &ring), ring }
     }
 
     fn transfer(op: Op, buffers: PinnedBuffers, shared: &Shared) -> Transfer {
-        Transfer::new(Io { token: 0, op, buffers: buffers.into() }, shared)
+        Transfer::new(Box::new(Io { token: 0, op, buffers }), shared)
     }
 
     /// The operation, and the flags that are its own (`rw_flags`, `fsync_flags`).
@@ -386,6 +413,42 @@ mod tests {
             let op = Op::Write { offset: 512, durable };
             let (_, flags) = parts(&rig.entry(&mut transfer(op, guest.buffers(pieces), &rig.shared)));
             assert_eq!(flags, if durable { libc::RWF_DSYNC } else { 0 });
+        }
+    }
+
+    #[test]
+    fn polled_queues_take_direct_reads_and_writes_only() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("image");
+        let options = FileOptions {
+            path,
+            read_only: false,
+            cache: Cache::None,
+            size: Some(1 << 20),
+            fixed_buffers: false,
+            iopoll: false,
+        };
+        let mut opened = FileStore::open(&options).unwrap().0;
+        let ring = Uring::new(&Waker::new().unwrap()).unwrap();
+        let mut guest = Guest::new();
+        let durable = |durable| Op::Write { offset: 4096, durable };
+        let zeroes = Op::WriteZeroes { offset: 0, len: 4096, unmap: false, durable: false };
+        for iopoll in [false, true] {
+            let change = Arc::get_mut(&mut opened).unwrap();
+            change.iopoll = iopoll;
+            change.direct.as_mut().unwrap().alignment.offset = 4096;
+            let shared = Shared::new(&opened, &ring);
+            let mut polled =
+                |op, pieces: &[(u64, u64)]| transfer(op, guest.buffers(pieces), &shared).lane(&shared) == Lane::Polled;
+            assert_eq!(polled(Op::Read { offset: 4096 }, &[(0, 4096)]), iopoll);
+            assert_eq!(polled(Op::Read { offset: 4096 }, &[(3, 4096)]), iopoll, "by a buffer of ours");
+            assert_eq!(polled(durable(false), &[(0, 4096)]), iopoll);
+            assert!(!polled(durable(true), &[(0, 4096)]));
+            assert!(!polled(Op::Read { offset: 512 }, &[(0, 4096)]), "through the page cache");
+            assert!(!polled(Op::Read { offset: 4096 }, &[(0, 512)]), "through the page cache");
+            assert!(!polled(Op::Flush, &[]));
+            assert!(!polled(Op::Discard { offset: 0, len: 4096 }, &[]));
+            assert!(!polled(zeroes, &[]));
         }
     }
 

@@ -7,7 +7,9 @@ use std::{io, mem};
 use io_uring::squeue;
 
 use super::Uring;
-use super::ring::{FixedBuffers, Landing, Ring};
+use super::accounts::Landing;
+use super::lane::{FixedBuffers, Lane};
+use super::ring::Ring;
 
 /// What comes after an entry's completion.
 pub(in crate::backend) enum Step {
@@ -27,7 +29,10 @@ pub(in crate::backend) unsafe trait Operation: 'static {
     /// What all operations of a client share.
     type Context: Clone + 'static;
 
-    /// The next entry; it may use fixed buffers of the ring.
+    /// Where the next entry goes.
+    fn lane(&self, context: &Self::Context) -> Lane;
+
+    /// The next entry, for that lane, whose fixed buffers it may use.
     fn entry(&mut self, context: &Self::Context, fixed: &mut FixedBuffers<'_>) -> squeue::Entry;
 
     /// Takes the result of the last entry: not negative, or an error number, negated.
@@ -60,7 +65,7 @@ impl<T: Operation> Client<T> {
                 "this store needs io_uring, which is not available",
             ));
         };
-        let number = ring.borrow_mut().register();
+        let number = ring.borrow_mut().accounts().open();
         let ring = Rc::clone(ring);
         Ok(Self { ring, number, context, slots: Vec::new(), free: Vec::new(), landed: Vec::new() })
     }
@@ -81,7 +86,7 @@ impl<T: Operation> Client<T> {
             return Err(operation);
         }
         let mut ring = self.ring.borrow_mut();
-        if !ring.begin() {
+        if !ring.accounts().begin() {
             return Err(operation);
         }
         let slot = self.free.pop().unwrap_or_else(|| {
@@ -89,10 +94,12 @@ impl<T: Operation> Client<T> {
             (self.slots.len() - 1) as u16
         });
         if let Some(place) = self.slots.get_mut(usize::from(slot)) {
-            let entry = place.insert(operation).entry(&self.context, &mut ring.fixed_buffers());
+            let operation = place.insert(operation);
+            let lane = operation.lane(&self.context);
+            let entry = operation.entry(&self.context, &mut ring.fixed_buffers(lane));
             // SAFETY: the operation lies in its slot until it has landed, or in what `drop` leaves to the ring. Until
             // then nothing but moves happens to it, which an `Operation` allows.
-            unsafe { ring.push(self.number, slot, entry) };
+            unsafe { ring.push(lane, self.number, slot, entry) };
         }
         Ok(())
     }
@@ -112,20 +119,21 @@ impl<T: Operation> Client<T> {
             log::error!("io_uring: {error}");
             Vec::new()
         });
-        ring.take(self.number, &mut self.landed);
+        ring.accounts().take(self.number, &mut self.landed);
         let mut again = false;
         for Landing { slot, result } in self.landed.drain(..) {
             let Some(place) = self.slots.get_mut(usize::from(slot)) else { continue };
             let Some(operation) = place else { continue };
             match operation.landed(&self.context, result) {
                 Step::Again => {
-                    let entry = operation.entry(&self.context, &mut ring.fixed_buffers());
+                    let lane = operation.lane(&self.context);
+                    let entry = operation.entry(&self.context, &mut ring.fixed_buffers(lane));
                     // SAFETY: as in `start`; its last entry has just landed.
-                    unsafe { ring.push(self.number, slot, entry) };
+                    unsafe { ring.push(lane, self.number, slot, entry) };
                     again = true;
                 }
                 Step::Over => {
-                    ring.end();
+                    ring.accounts().end();
                     self.free.push(slot);
                     place.take().into_iter().for_each(&mut done);
                 }
@@ -143,7 +151,7 @@ impl<T: Operation> Drop for Client<T> {
     fn drop(&mut self) {
         let operations = self.in_flight() as u32;
         let held = Box::new((mem::take(&mut self.slots), self.context.clone()));
-        let _over = self.ring.borrow_mut().leave(self.number, operations, held);
+        let _over = self.ring.borrow_mut().accounts().close(self.number, operations, held);
         // Not all may have been submitted: they must end too.
         self.commit();
     }

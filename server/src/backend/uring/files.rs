@@ -9,6 +9,7 @@ use io_uring::Submitter;
 use io_uring::squeue::Flags;
 use io_uring::types::Fd;
 
+use super::lane::Lane;
 use super::ring::Ring;
 
 /// Entries of the table, the most that the limit on open files allows.
@@ -58,10 +59,11 @@ impl FileTable {
     }
 }
 
-/// A file's entry in the table of a ring, until this is dropped. Dropped no sooner than the last operation that names it.
+/// A file's entry in the table of a lane, until this is dropped. Dropped no sooner than the last operation that names it.
 #[derive(Debug)]
 pub(in crate::backend) struct RegisteredFile {
     pub(super) ring: Weak<RefCell<Ring>>,
+    pub(super) lane: Lane,
     pub(super) entry: u32,
 }
 
@@ -78,7 +80,7 @@ impl Drop for RegisteredFile {
         if let Some(ring) = self.ring.upgrade()
             && let Ok(mut ring) = ring.try_borrow_mut()
         {
-            ring.remove_file(self.entry);
+            ring.remove_file(self.lane, self.entry);
         }
     }
 }

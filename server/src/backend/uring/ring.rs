@@ -1,19 +1,17 @@
-//! The io_uring: entries in, completions out to the clients they belong to.
+//! The io_urings of a thread: entries in, completions out to the clients they belong to.
 
 use std::any::Any;
-use std::collections::VecDeque;
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::sync::atomic::AtomicU64;
 use std::time::{Duration, Instant};
-use std::{fmt, io, mem};
+use std::{fmt, io, mem, thread};
 
-use io_uring::types::{Fd, SubmitArgs, Timespec};
-use io_uring::{IoUring, Submitter, opcode, squeue};
-use virtio::memory::PinnedBuffers;
+use io_uring::types::Fd;
+use io_uring::{IoUring, opcode, squeue};
 
 use super::Waker;
-use super::files::FileTable;
-use super::memory::FixedMemory;
+use super::accounts::{Accounts, Landing, Over};
+use super::lane::{FixedBuffers, Lane, Queues};
 
 /// How long a ring that is dropped waits for operations whose backends are gone.
 const LAST_WAIT: Duration = Duration::from_secs(5);
@@ -61,214 +59,116 @@ enum Wake {
     Rung,
 }
 
-/// A completion of the kernel's, for a client's slot.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Landing {
-    pub(super) slot: u16,
-    pub(super) result: i32,
-}
-
-/// What one client has in the kernel and has got from it.
-#[derive(Default)]
-struct Account {
-    taken: bool,
-    /// Entries without completion.
-    in_kernel: u32,
-    landed: Vec<Landing>,
-    /// What the entries lead to, once the client is gone.
-    orphan: Option<Box<dyn Any>>,
-}
-
-/// What became of clients that were dropped before, to be dropped by the caller when the ring is free again.
-pub(super) type Over = Vec<Box<dyn Any>>;
-
-/// One io_uring and its clients.
+/// The io_urings of one thread, and their clients.
 pub(super) struct Ring {
-    kernel: IoUring,
+    interrupt: Queues,
+    polled: Option<Queues>,
+    /// Entries on the polled lane that have not completed.
+    in_polled: u32,
+    accounts: Accounts,
     waker: Waker,
     wake: Wake,
-    /// Entries that the submission queue had no room for when the kernel took none.
-    backlog: VecDeque<squeue::Entry>,
-    accounts: Vec<Account>,
-    /// Operations that may still make completions: never more than the completion queue holds.
-    operations: u32,
-    limit: u32,
-    /// Completions that lie in the accounts.
-    landed: usize,
-    system_calls: u64,
-    files: FileTable,
-    memory: FixedMemory,
-}
-
-/// Where an operation that makes its entry asks for a fixed buffer.
-pub(in crate::backend) struct FixedBuffers<'a> {
-    kernel: Submitter<'a>,
-    memory: &'a mut FixedMemory,
-}
-
-impl FixedBuffers<'_> {
-    /// The index of the fixed buffer that all pieces of `buffers` lie in, if there is one.
-    pub(in crate::backend) fn find(&mut self, buffers: &PinnedBuffers) -> Option<u16> {
-        self.memory.buffer(&self.kernel, buffers)
-    }
 }
 
 impl Ring {
-    /// Serves clients, as many operations at a time as the io_uring has completions.
-    pub(super) fn new(kernel: IoUring, waker: &Waker) -> Self {
+    /// Serves clients, as many operations at a time as each io_uring has completions.
+    pub(super) fn new(interrupt: IoUring, polled: Option<IoUring>, waker: &Waker) -> Self {
+        let interrupt = Queues::new(interrupt, waker);
+        let polled = polled.map(|kernel| Queues::new(kernel, waker));
+        let capacity = polled.as_ref().map_or(u32::MAX, Queues::capacity).min(interrupt.capacity());
         // One completion is the wake's.
-        let limit = kernel.params().cq_entries().saturating_sub(1);
-        Self {
-            kernel,
-            waker: waker.clone(),
-            wake: Wake::Idle,
-            backlog: VecDeque::new(),
-            accounts: Vec::new(),
-            operations: 0,
-            limit,
-            landed: 0,
-            system_calls: 0,
-            files: FileTable::default(),
-            memory: FixedMemory::new(waker),
+        let accounts = Accounts::new(capacity.saturating_sub(1));
+        Self { interrupt, polled, in_polled: 0, accounts, waker: waker.clone(), wake: Wake::Idle }
+    }
+
+    /// The clients' accounts.
+    pub(super) fn accounts(&mut self) -> &mut Accounts {
+        &mut self.accounts
+    }
+
+    /// Whether there is a polled lane.
+    pub(super) fn has_polled(&self) -> bool {
+        self.polled.is_some()
+    }
+
+    /// The io_uring of a lane, which is the only one if there is no polled one.
+    fn lane(&mut self, lane: Lane) -> &mut Queues {
+        match (lane, &mut self.polled) {
+            (Lane::Polled, Some(polled)) => polled,
+            _ => &mut self.interrupt,
         }
     }
 
     /// Registers a file; says where, if the table has room.
-    pub(super) fn add_file(&mut self, file: BorrowedFd<'_>) -> Option<u32> {
-        self.files.add(&self.kernel.submitter(), file)
+    pub(super) fn add_file(&mut self, lane: Lane, file: BorrowedFd<'_>) -> Option<u32> {
+        self.lane(lane).add_file(file)
     }
 
-    pub(super) fn remove_file(&mut self, entry: u32) {
-        self.files.remove(&self.kernel.submitter(), entry);
+    pub(super) fn remove_file(&mut self, lane: Lane, entry: u32) {
+        self.lane(lane).remove_file(entry);
     }
 
-    pub(super) fn fixed_buffers(&mut self) -> FixedBuffers<'_> {
-        FixedBuffers { kernel: self.kernel.submitter(), memory: &mut self.memory }
+    pub(super) fn fixed_buffers(&mut self, lane: Lane) -> FixedBuffers<'_> {
+        self.lane(lane).fixed_buffers()
     }
 
     /// How many files and pieces of memory are registered.
     #[cfg(test)]
     pub(super) fn registered(&self) -> (usize, usize) {
-        (self.files.len(), self.memory.registered())
+        let (polled_files, polled_pieces) = self.polled.as_ref().map_or((0, 0), Queues::registered);
+        let (files, pieces) = self.interrupt.registered();
+        (files + polled_files, pieces + polled_pieces)
     }
 
     pub(super) fn system_calls(&self) -> u64 {
-        self.system_calls
+        self.interrupt.system_calls() + self.polled.as_ref().map_or(0, Queues::system_calls)
     }
 
-    /// A new client's number.
-    pub(super) fn register(&mut self) -> u32 {
-        let client = self.accounts.iter().position(|account| !account.taken).unwrap_or_else(|| {
-            self.accounts.push(Account::default());
-            self.accounts.len() - 1
-        });
-        if let Some(account) = self.accounts.get_mut(client) {
-            account.taken = true;
-        }
-        client as u32
-    }
-
-    /// Ends a client that holds `operations` operations. What its entries lead to lies in `held`, which comes back if
-    /// the kernel has none of them.
-    pub(super) fn leave(&mut self, client: u32, operations: u32, held: Box<dyn Any>) -> Option<Box<dyn Any>> {
-        let Some(account) = self.accounts.get_mut(client as usize) else {
-            return Some(held);
-        };
-        self.landed -= account.landed.len();
-        account.landed.clear();
-        self.operations -= operations - account.in_kernel;
-        if account.in_kernel == 0 {
-            account.taken = false;
-            return Some(held);
-        }
-        account.orphan = Some(held);
-        None
-    }
-
-    /// Makes room for an operation, if there is any.
-    pub(super) fn begin(&mut self) -> bool {
-        let room = self.operations < self.limit;
-        self.operations += u32::from(room);
-        room
-    }
-
-    /// Gives an operation's room back.
-    pub(super) fn end(&mut self) {
-        self.operations -= 1;
+    /// Whether there are completions to be looked for, which nothing tells of.
+    pub(super) fn is_polling(&self) -> bool {
+        self.in_polled > 0
     }
 
     /// Queues an operation's entry.
     ///
     /// # Safety
-    /// What the entry leads to must stay as it is until its completion comes out of [`take`](Self::take), or what
-    /// [`leave`](Self::leave) was given is dropped.
-    pub(super) unsafe fn push(&mut self, client: u32, slot: u16, entry: squeue::Entry) {
-        if let Some(account) = self.accounts.get_mut(client as usize) {
-            account.in_kernel += 1;
+    /// What the entry leads to must stay as it is until its completion comes out of [`Accounts::take`], or what
+    /// [`Accounts::close`] was given is dropped.
+    pub(super) unsafe fn push(&mut self, lane: Lane, client: u32, slot: u16, entry: squeue::Entry) {
+        if self.accounts.depart(client) {
+            self.in_polled += u32::from(lane == Lane::Polled && self.polled.is_some());
             // SAFETY: the caller's promise.
-            unsafe { self.queue(entry.user_data(Owner::Slot(client, slot).to_user_data())) };
+            unsafe { self.lane(lane).queue(entry.user_data(Owner::Slot(client, slot).to_user_data())) };
         }
-    }
-
-    /// # Safety
-    /// As for [`push`](Self::push).
-    unsafe fn queue(&mut self, entry: squeue::Entry) {
-        // SAFETY: the caller's promise.
-        if self.backlog.is_empty() && unsafe { self.kernel.submission().push(&entry) }.is_ok() {
-            return;
-        }
-        self.backlog.push_back(entry);
-        // An error will come again where it can be told: on the next submission.
-        let _ = self.refill();
-    }
-
-    /// Moves the backlog into the submission queue, which is submitted when it is full; stops where the kernel does.
-    fn refill(&mut self) -> io::Result<()> {
-        while let Some(entry) = self.backlog.front() {
-            // SAFETY: promised to `queue`, which put it there.
-            if unsafe { self.kernel.submission().push(entry) }.is_ok() {
-                self.backlog.pop_front();
-            } else {
-                self.enter(0)?;
-                if self.kernel.submission().is_full() {
-                    break;
-                }
-            }
-        }
-        Ok(())
-    }
-
-    /// Submits the queue and waits for so many completions. May do less of both.
-    fn enter(&mut self, completions: usize) -> io::Result<()> {
-        self.system_calls += 1;
-        may_do_less(self.kernel.submitter().submit_and_wait(completions))
     }
 
     /// Starts what is queued.
     pub(super) fn submit(&mut self) -> io::Result<()> {
-        self.refill()?;
-        let queue = self.kernel.submission();
-        let needed = !queue.is_empty() || queue.taskrun();
-        drop(queue);
-        if needed { self.enter(0) } else { Ok(()) }
+        self.polled.as_mut().map_or(Ok(()), Queues::submit)?;
+        self.interrupt.submit()
     }
 
-    /// Starts what is queued and sleeps until there is a completion or a wake.
+    /// Starts what is queued and sleeps until there is a completion or a wake; does not sleep while completions have to be
+    /// looked for.
     pub(super) fn wait(&mut self) -> io::Result<Over> {
         let mut over = self.reap()?;
-        if self.wake == Wake::Rung || self.landed > 0 || !over.is_empty() || self.memory.is_stale() {
+        let busy = self.wake == Wake::Rung || self.accounts.any_landed() || self.is_polling() || self.is_stale();
+        if busy || !over.is_empty() {
             self.submit()?;
         } else {
             self.arm();
-            self.refill()?;
-            // Without the wake's entry in the queue there is no sleep; the caller just comes again.
-            self.enter(usize::from(self.backlog.is_empty()))?;
+            self.interrupt.wait()?;
             over.append(&mut self.reap()?);
         }
         if self.wake == Wake::Rung {
             self.wake = Wake::Idle;
         }
         Ok(over)
+    }
+
+    /// Whether there may be guest memory to give back.
+    fn is_stale(&self) -> bool {
+        self.interrupt.is_stale() || self.polled.as_ref().is_some_and(Queues::is_stale)
     }
 
     /// Queues the read on the waker's eventfd, unless it is there or has ended.
@@ -278,20 +178,25 @@ impl Ring {
             let read = opcode::Read::new(Fd(self.waker.0.as_raw_fd()), SINK.as_ptr().cast(), size_of_val(&SINK) as u32);
             // SAFETY: it writes to a static that allows it, and the descriptor is open as long as this ring. A read
             // that the kernel has accepted holds the file itself.
-            unsafe { self.queue(read.build().user_data(Owner::Wake.to_user_data())) };
+            unsafe { self.interrupt.queue(read.build().user_data(Owner::Wake.to_user_data())) };
         }
     }
 
     /// Sorts the kernel's completions into the accounts.
     pub(super) fn reap(&mut self) -> io::Result<Over> {
         let mut over = Over::new();
-        if self.memory.is_stale() {
-            self.memory.sweep(&self.kernel.submitter());
-        }
+        self.interrupt.sweep();
         // Deferred completions are made by a system call, which the kernel asks for by a flag.
-        if !self.sort(&mut over) && self.kernel.submission().taskrun() {
-            self.enter(0)?;
+        if !self.sort(&mut over) && self.interrupt.holds_completions() {
+            self.interrupt.poll()?;
             self.sort(&mut over);
+        }
+        if let Some(polled) = &mut self.polled {
+            polled.sweep();
+            if self.in_polled > 0 {
+                polled.poll()?;
+                self.sort_polled(&mut over);
+            }
         }
         Ok(over)
     }
@@ -299,42 +204,25 @@ impl Ring {
     /// Whether there were completions.
     fn sort(&mut self, over: &mut Over) -> bool {
         let mut any = false;
-        for completion in self.kernel.completion() {
+        for completion in self.interrupt.completions() {
             any = true;
-            let (client, slot) = match Owner::from_user_data(completion.user_data()) {
-                Owner::Wake => {
-                    // Also if it failed: that costs a wait that returns for no reason, and it is queued again.
-                    self.wake = Wake::Rung;
-                    continue;
-                }
-                Owner::Slot(client, slot) => (client, slot),
-            };
-            let Some(account) = self.accounts.get_mut(client as usize) else {
-                continue;
-            };
-            account.in_kernel -= 1;
-            match &account.orphan {
-                None => {
-                    account.landed.push(Landing { slot, result: completion.result() });
-                    self.landed += 1;
-                }
-                Some(_) => {
-                    self.operations -= 1;
-                    if account.in_kernel == 0 {
-                        over.extend(account.orphan.take());
-                        account.taken = false;
-                    }
+            match Owner::from_user_data(completion.user_data()) {
+                // Also if it failed: that costs a wait that returns for no reason, and it is queued again.
+                Owner::Wake => self.wake = Wake::Rung,
+                Owner::Slot(client, slot) => {
+                    self.accounts.land(client, Landing { slot, result: completion.result() }, over);
                 }
             }
         }
         any
     }
 
-    /// Exchanges `landed`, which is empty, for a client's completions.
-    pub(super) fn take(&mut self, client: u32, landed: &mut Vec<Landing>) {
-        if let Some(account) = self.accounts.get_mut(client as usize) {
-            self.landed -= account.landed.len();
-            mem::swap(&mut account.landed, landed);
+    fn sort_polled(&mut self, over: &mut Over) {
+        for completion in self.polled.iter_mut().flat_map(Queues::completions) {
+            self.in_polled -= 1;
+            if let Owner::Slot(client, slot) = Owner::from_user_data(completion.user_data()) {
+                self.accounts.land(client, Landing { slot, result: completion.result() }, over);
+            }
         }
     }
 
@@ -342,15 +230,17 @@ impl Ring {
     fn wait_for_orphans(&mut self) -> io::Result<()> {
         let deadline = Instant::now() + LAST_WAIT;
         loop {
-            self.refill()?;
+            self.submit()?;
             drop(self.reap()?);
             let left = deadline.saturating_duration_since(Instant::now());
-            if left.is_zero() || self.accounts.iter().all(|account| account.orphan.is_none()) {
+            if left.is_zero() || !self.accounts.has_orphans() {
                 return Ok(());
             }
-            let limit = Timespec::from(left);
-            self.system_calls += 1;
-            may_do_less(self.kernel.submitter().submit_with_args(1, &SubmitArgs::new().timespec(&limit)))?;
+            if self.is_polling() {
+                thread::yield_now();
+            } else {
+                self.interrupt.wait_for(left)?;
+            }
         }
     }
 
@@ -360,29 +250,23 @@ impl Ring {
     }
 }
 
-/// Of the system call's errors, those that mean no more than that it is to be made again.
-fn may_do_less(result: io::Result<usize>) -> io::Result<()> {
-    match result.map_err(|error| (error.raw_os_error(), error)) {
-        Ok(_) | Err((Some(libc::EINTR | libc::EAGAIN | libc::EBUSY | libc::ETIME), _)) => Ok(()),
-        Err((_, error)) => Err(error),
-    }
-}
-
 impl Drop for Ring {
     /// By now all clients are gone, for they share the ring.
     fn drop(&mut self) {
         if let Err(error) = self.wait_for_orphans() {
             log::error!("io_uring: {error}");
         }
-        for orphan in self.accounts.iter_mut().filter_map(|account| account.orphan.take()) {
+        for orphan in self.accounts.orphans() {
             log::error!("the storage has not answered for {LAST_WAIT:?}: the memory of its last requests is not freed");
-            mem::forget(orphan);
+            // The kernel may still use it.
+            mem::forget::<Box<dyn Any>>(orphan);
         }
     }
 }
 
 impl fmt::Debug for Ring {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "Ring({} operations of {})", self.operations, self.limit)
+        let (operations, limit) = self.accounts.operations();
+        write!(f, "Ring({operations} operations of {limit})")
     }
 }

@@ -4,6 +4,8 @@ use std::io;
 
 use io_uring::IoUring;
 
+use super::restrictions;
+
 /// Entries of the submission queue; a larger batch takes more than one system call.
 const SUBMISSIONS: u32 = 1024;
 
@@ -32,6 +34,12 @@ pub enum UringError {
     /// No memory for the queues.
     #[error("there is no memory for an io_uring: raise the memory limit, or the locked memory limit (ulimit -l)")]
     NoMemory,
+    /// No such processor, or not for this process.
+    #[error(
+        "sqpoll_cpus names processor {0}, which is not there, or offline, or not among those that this process may use \
+         (/proc/self/status, Cpus_allowed_list)"
+    )]
+    SqPollCpu(u32),
     /// The system refused.
     #[error("cannot set up an io_uring: {0}")]
     System(#[source] io::Error),
@@ -48,24 +56,73 @@ impl From<io::Error> for UringError {
     }
 }
 
-/// The features to ask for; older kernels do not have all.
+/// A thread of the kernel's that takes entries from the submission queue, so that no system call has to
+/// (`IORING_SETUP_SQPOLL`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SqPoll {
+    /// Milliseconds, at least 1, that it looks at an empty queue before it sleeps.
+    pub idle: u32,
+    /// The processor that it is bound to.
+    pub cpu: Option<u32>,
+}
+
+/// When completions are made that need a thread of ours to make them; older kernels do not have all.
 #[derive(Clone, Copy, Debug)]
-pub(super) enum Setup {
-    /// Linux 6.1: completions are made when the ring's thread asks for them, and only then.
+enum TaskRun {
+    /// Linux 6.1: when the ring's thread asks for them, and only then.
     Deferred,
-    /// Linux 5.19: the ring's thread is not interrupted for completions.
+    /// Linux 5.19: when the ring's thread makes a system call; it is not interrupted for them.
     Cooperative,
-    /// Any.
+    /// Any: at any time. The only one where a thread of the kernel's submits, which then makes them too.
     Plain,
 }
 
-impl Setup {
+impl TaskRun {
     /// The best first.
-    pub(super) const ALL: [Self; 3] = [Self::Deferred, Self::Cooperative, Self::Plain];
+    const ALL: [Self; 3] = [Self::Deferred, Self::Cooperative, Self::Plain];
+}
 
-    /// The best io_uring that this kernel has, for the thread that calls.
-    pub(super) fn best() -> Result<IoUring, UringError> {
-        for setup in Self::ALL {
+/// The features to ask for.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Setup {
+    task_run: TaskRun,
+    sqpoll: Option<SqPoll>,
+    /// Completions are looked for in the devices' queues (`IORING_SETUP_IOPOLL`).
+    iopoll: bool,
+}
+
+/// The best io_uring that this kernel has, for the thread that calls.
+pub(super) fn best(sqpoll: Option<SqPoll>) -> Result<IoUring, UringError> {
+    match sqpoll {
+        None => Setup::first_of(Setup::plain()),
+        Some(sqpoll) => Setup::threaded(sqpoll).build(SUBMISSIONS).map_err(|error| match (error, sqpoll.cpu) {
+            // The kernel says no more than that; all else that is asked for it has had since Linux 5.11.
+            (UringError::System(error), Some(cpu)) if error.raw_os_error() == Some(libc::EINVAL) => {
+                UringError::SqPollCpu(cpu)
+            }
+            (error, _) => error,
+        }),
+    }
+}
+
+/// The best io_uring for files whose completions are looked for.
+pub(super) fn polled() -> Result<IoUring, UringError> {
+    Setup::first_of(Setup::plain().map(|setup| Setup { iopoll: true, ..setup }))
+}
+
+impl Setup {
+    /// All forms in which the ring's own thread submits, the best first.
+    pub(super) fn plain() -> [Self; 3] {
+        TaskRun::ALL.map(|task_run| Self { task_run, sqpoll: None, iopoll: false })
+    }
+
+    /// The form in which a thread of the kernel's submits.
+    pub(super) fn threaded(sqpoll: SqPoll) -> Self {
+        Self { task_run: TaskRun::Plain, sqpoll: Some(sqpoll), iopoll: false }
+    }
+
+    fn first_of(setups: [Self; 3]) -> Result<IoUring, UringError> {
+        for setup in setups {
             match setup.build(SUBMISSIONS) {
                 // What a kernel does not know it calls invalid.
                 Err(UringError::System(error)) if error.raw_os_error() == Some(libc::EINVAL) => {}
@@ -78,15 +135,22 @@ impl Setup {
     /// An io_uring with so many entries in its submission queue.
     pub(super) fn build(self, submissions: u32) -> Result<IoUring, UringError> {
         let mut builder = IoUring::builder();
-        builder.setup_clamp().setup_cqsize(COMPLETIONS).dontfork();
-        match self {
-            Self::Deferred => {
+        builder.setup_clamp().setup_cqsize(COMPLETIONS).dontfork().setup_r_disabled();
+        match self.task_run {
+            TaskRun::Deferred => {
                 builder.setup_single_issuer().setup_defer_taskrun().setup_taskrun_flag().setup_submit_all();
             }
-            Self::Cooperative => {
+            TaskRun::Cooperative => {
                 builder.setup_coop_taskrun().setup_taskrun_flag().setup_submit_all();
             }
-            Self::Plain => {}
+            TaskRun::Plain => {}
+        }
+        if let Some(SqPoll { idle, cpu }) = self.sqpoll {
+            builder.setup_sqpoll(idle);
+            cpu.map(|cpu| builder.setup_sqpoll_cpu(cpu));
+        }
+        if self.iopoll {
+            builder.setup_iopoll();
         }
         let kernel = builder.build(submissions)?;
         // Waiting with a time limit is the newest feature we rely on (5.11). Before 5.5 entries may not be reused once
@@ -95,6 +159,7 @@ impl Setup {
         if !(params.is_feature_ext_arg() && params.is_feature_submit_stable() && params.is_feature_nodrop()) {
             return Err(UringError::TooOld);
         }
+        restrictions::enable(&kernel)?;
         log::debug!("io_uring: {self:?}, {} submissions, {} completions", params.sq_entries(), params.cq_entries());
         Ok(kernel)
     }

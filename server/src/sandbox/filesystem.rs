@@ -1,0 +1,48 @@
+//! Files, and what else landlock guards.
+
+use std::path::Path;
+
+use landlock::{
+    ABI, Access, AccessFs, AccessNet, CompatLevel, Compatible, LandlockStatus, PathBeneath, PathFd, Ruleset,
+    RulesetAttr, RulesetCreated, RulesetCreatedAttr, RulesetStatus, Scope,
+};
+
+use super::SandboxError;
+
+/// The newest form of landlock that this was written for. Kernels enforce what they have of it.
+const NEWEST: ABI = ABI::V7;
+
+/// What is left of the file system, and of the rest that landlock guards: TCP, and processes that do not share the sandbox.
+///
+/// It guards what is opened from then on. Descriptors that are open, or come from a client, stay what they are.
+#[derive(Debug)]
+pub(super) struct Files(RulesetCreated);
+
+impl Files {
+    /// Nothing, but that names can be removed from `folders`.
+    pub(super) fn new(folders: &[&Path]) -> Result<Self, SandboxError> {
+        let refused = SandboxError::of("landlock");
+        let all = Ruleset::default()
+            .set_compatibility(CompatLevel::BestEffort)
+            .handle_access(AccessFs::from_all(NEWEST))
+            .and_then(|rules| rules.handle_access(AccessNet::from_all(NEWEST)))
+            .and_then(|rules| rules.scope(Scope::from_all(NEWEST)))
+            .and_then(Ruleset::create)
+            .map_err(&refused)?;
+        let open = |folder: &&Path| PathFd::new(folder).map_err(SandboxError::of("landlock"));
+        let folders = folders.iter().map(open).collect::<Result<Vec<_>, _>>()?;
+        let rules = folders.into_iter().map(|folder| Ok(PathBeneath::new(folder, AccessFs::RemoveFile)));
+        Ok(Self(all.add_rules(rules).map_err(&refused)?))
+    }
+
+    /// Has the calling thread keep to it; the version of landlock that it is kept by, or `None` if the kernel has none.
+    pub(super) fn restrict(&self) -> Result<Option<i32>, SandboxError> {
+        let rules = self.0.try_clone().map_err(SandboxError::of("landlock"))?;
+        let status = rules.restrict_self().map_err(SandboxError::of("landlock"))?;
+        Ok(match (status.ruleset, status.landlock) {
+            (RulesetStatus::NotEnforced, _) => None,
+            (_, LandlockStatus::Available { effective_abi, .. }) => Some(effective_abi as i32),
+            _ => None,
+        })
+    }
+}

@@ -1,0 +1,166 @@
+//! Which system calls each kind of thread makes.
+//!
+//! What stands here is what our code makes, what std makes for it, and what glibc makes for both, in whatever happens to a
+//! thread until its end: memory that grows, contended locks, signals, panics, aborts. A call too many costs little; one
+//! that is missing costs the process, at the worst of times.
+
+use std::process;
+
+use libc::*;
+
+use super::ThreadKind;
+
+/// In any thread: memory, locks, time, logging, eventfds, signals, the end.
+const ANY: &[c_long] = &[
+    SYS_futex,
+    SYS_read,
+    SYS_write,
+    SYS_writev,
+    SYS_close,
+    // std asks whether what it closes is open, in debug builds.
+    SYS_fcntl,
+    SYS_brk,
+    SYS_mmap,
+    SYS_munmap,
+    SYS_mremap,
+    SYS_mprotect,
+    SYS_madvise,
+    SYS_getrandom,
+    SYS_clock_gettime,
+    SYS_clock_nanosleep,
+    SYS_nanosleep,
+    SYS_sched_yield,
+    // How many arenas malloc makes.
+    SYS_sched_getaffinity,
+    SYS_ppoll,
+    #[cfg(target_arch = "x86_64")]
+    SYS_poll,
+    // What was interrupted by SIGSTOP and had a time limit.
+    SYS_restart_syscall,
+    // A signal's handler tells the thread that waits for signals, from whichever thread it runs in.
+    SYS_sendto,
+    SYS_rt_sigaction,
+    SYS_rt_sigprocmask,
+    SYS_rt_sigreturn,
+    SYS_sigaltstack,
+    SYS_getpid,
+    SYS_gettid,
+    SYS_tgkill,
+    // Clients' interrupts are signalled so, see `session/signal.rs`.
+    SYS_io_setup,
+    SYS_io_submit,
+    SYS_io_getevents,
+    SYS_io_destroy,
+    SYS_exit,
+    SYS_exit_group,
+];
+
+const MAIN: &[c_long] = &[SYS_recvfrom];
+
+const SESSION: &[c_long] = &[
+    SYS_epoll_pwait,
+    #[cfg(target_arch = "x86_64")]
+    SYS_epoll_wait,
+    // A client's eventfd, see `session/signal.rs`.
+    SYS_preadv2,
+    SYS_recvmsg,
+    SYS_sendmsg,
+    SYS_epoll_ctl,
+    SYS_epoll_create1,
+    SYS_eventfd2,
+    SYS_accept4,
+    SYS_getsockopt,
+    SYS_shutdown,
+    SYS_ioctl,
+    // What a descriptor that a client sent leads to.
+    SYS_fstat,
+    SYS_fstatfs,
+    SYS_newfstatat,
+    SYS_statx,
+    SYS_readlinkat,
+    #[cfg(target_arch = "x86_64")]
+    SYS_readlink,
+    // At the end: the store is flushed and unlocked, the socket removed.
+    SYS_fsync,
+    SYS_fdatasync,
+    SYS_flock,
+    SYS_unlinkat,
+    #[cfg(target_arch = "x86_64")]
+    SYS_unlink,
+];
+
+/// Neither `io_uring_setup` nor anything that stores need to be opened: a worker's ring is made before.
+const WORKER: &[c_long] = &[SYS_io_uring_enter, SYS_io_uring_register, SYS_fsync, SYS_fdatasync, SYS_flock];
+
+/// What C libraries and std ask for and do without: they find out about the machine, and open files for it, when malloc makes
+/// an arena or a panic tells where it comes from.
+const DISPENSABLE: &[c_long] = &[
+    SYS_openat,
+    SYS_readlinkat,
+    SYS_newfstatat,
+    SYS_fstat,
+    SYS_statx,
+    SYS_faccessat,
+    #[cfg(target_arch = "x86_64")]
+    SYS_open,
+    #[cfg(target_arch = "x86_64")]
+    SYS_readlink,
+    #[cfg(target_arch = "x86_64")]
+    SYS_access,
+    SYS_getcwd,
+    SYS_prlimit64,
+    SYS_sysinfo,
+];
+
+/// The numbers of calls that are newer (Linux 6.11) than this: we use none of them, and a C library that does falls back to
+/// others as on the kernels before.
+const NEWER: std::ops::Range<c_long> = 463..512;
+
+const FCNTLS: &[c_int] = &[F_GETFL, F_SETFL, F_GETFD, F_SETFD, F_DUPFD_CLOEXEC, F_GET_SEALS, F_ADD_SEALS];
+
+/// What an argument must be.
+#[derive(Debug)]
+pub(super) struct Argument {
+    /// Which one, from 0.
+    pub(super) index: u8,
+    /// The bits that matter.
+    pub(super) mask: u64,
+    /// What they may be.
+    pub(super) values: Vec<u64>,
+}
+
+/// What a kind of thread may do, and what an argument must be if not anything.
+pub(super) fn allowed(kind: ThreadKind) -> impl Iterator<Item = (c_long, Option<Argument>)> {
+    let own = match kind {
+        ThreadKind::Main => MAIN,
+        ThreadKind::Session => SESSION,
+        ThreadKind::Worker => WORKER,
+    };
+    ANY.iter().chain(own).map(|call| (*call, argument(*call)))
+}
+
+/// What a kind of thread is refused, and takes no harm.
+pub(super) fn refused(kind: ThreadKind) -> impl Iterator<Item = c_long> {
+    let is_allowed = move |call: &c_long| allowed(kind).any(|(allowed, _)| allowed == *call);
+    DISPENSABLE.iter().copied().chain(NEWER).filter(move |call| !is_allowed(call))
+}
+
+/// None of the calls on the way of a request is here: the kernel has to look at the arguments of these each time.
+#[allow(non_upper_case_globals, reason = "the C library's names")]
+fn argument(call: c_long) -> Option<Argument> {
+    const ALL: u64 = u64::MAX;
+    const INT: u64 = u32::MAX as u64;
+    let word = |word: &c_int| u64::from(word.unsigned_abs());
+    Some(match call {
+        // Memory is never to be executed.
+        SYS_mmap | SYS_mprotect => Argument { index: 2, mask: word(&PROT_EXEC), values: vec![0] },
+        SYS_ioctl => Argument { index: 1, mask: INT, values: vec![FIONBIO] },
+        // Not, for one, signals to others.
+        SYS_fcntl => Argument { index: 1, mask: INT, values: FCNTLS.iter().map(word).collect() },
+        // To this process, which aborts.
+        SYS_tgkill => Argument { index: 0, mask: INT, values: vec![process::id().into()] },
+        // Without an address: to what the socket is connected to.
+        SYS_sendto => Argument { index: 4, mask: ALL, values: vec![0] },
+        _ => return None,
+    })
+}

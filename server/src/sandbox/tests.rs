@@ -1,0 +1,267 @@
+//! What a thread in the sandbox cannot do, and what it still can.
+//!
+//! Most of it is done in a process of its own, which is killed for it if all is well: this program again, told by its
+//! environment which of [`ACTS`] to do.
+
+use std::collections::HashMap;
+use std::fs::{self, File};
+use std::io;
+use std::os::unix::net::UnixStream;
+use std::os::unix::process::ExitStatusExt;
+use std::path::PathBuf;
+use std::process::{self, Command, Output};
+use std::sync::{Condvar, Mutex};
+use std::time::{Duration, Instant};
+use std::{env, panic};
+
+use nix::sys::mman::{MapFlags, ProtFlags, mmap_anonymous, mprotect};
+use nix::sys::signal::{Signal, kill, raise};
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, socket};
+use nix::unistd::{Pid, execv};
+
+use super::*;
+
+/// What is to be done, given a folder that names may be removed from.
+type Act = fn(&Path);
+
+/// What nobody may.
+const FORBIDDEN: &[(&str, Act)] = &[
+    ("run a program", |_| assert!(execv(c"/bin/true", &[c"true"]).is_err())),
+    ("start a thread", |_| drop(thread::spawn(|| {}))),
+    ("make a socket", |_| drop(socket(AddressFamily::Inet, SockType::Stream, SockFlag::empty(), None))),
+    ("connect", |folder| drop(UnixStream::connect(folder.join("socket")))),
+    ("signal another process", |_| kill(Pid::from_raw(1), None).unwrap()),
+    ("have a descriptor signal another process", |_| {
+        // SAFETY: it touches no memory.
+        unsafe { libc::fcntl(1, libc::F_SETOWN, 1) };
+    }),
+    ("make a ring", |_| drop(io_uring::IoUring::new(8))),
+    ("make a folder", |folder| fs::create_dir(folder.join("new")).unwrap()),
+    ("move a file", |folder| fs::rename(folder.join("file"), folder.join("moved")).unwrap()),
+    ("map memory to execute", |_| assert!(map(ProtFlags::PROT_READ | ProtFlags::PROT_EXEC).is_ok())),
+    ("make memory executable", |_| {
+        let memory = map(ProtFlags::PROT_READ | ProtFlags::PROT_WRITE).unwrap();
+        // SAFETY: nobody uses that memory.
+        unsafe { mprotect(memory, 4096, ProtFlags::PROT_READ | ProtFlags::PROT_EXEC) }.unwrap();
+    }),
+];
+
+/// What sessions may, and nobody else.
+const FOR_SESSIONS: &[(&str, Act)] = &[
+    ("remove a socket", |folder| fs::remove_file(folder.join("file")).unwrap()),
+    ("make an eventfd", |_| drop(nix::sys::eventfd::EventFd::new().unwrap())),
+];
+
+/// What sessions may as far as seccomp goes.
+const ELSEWHERE: (&str, Act) = ("remove a file elsewhere", |folder| {
+    let error = fs::remove_file(folder.parent().unwrap().join("outside")).unwrap_err();
+    assert_eq!(error.raw_os_error(), Some(libc::EACCES));
+});
+
+/// What everybody may, or is refused without harm.
+const HARMLESS: &[(&str, Act)] = &[
+    ("be refused a file", |folder| {
+        for path in [folder.join("file"), "/etc/passwd".into(), "/proc/self/maps".into()] {
+            assert_eq!(File::open(path).unwrap_err().raw_os_error(), Some(libc::ENOSYS));
+        }
+    }),
+    ("allocate", |_| {
+        let mut sizes = HashMap::new();
+        for shift in 4..26 {
+            let mut memory = vec![1u8; 1 << shift];
+            memory.resize(3 << shift, 2);
+            sizes.insert(shift, memory);
+        }
+        assert_eq!(sizes.values().map(Vec::len).sum::<usize>(), 3 * ((1 << 26) - (1 << 4)));
+    }),
+    ("wait", |_| {
+        let (lock, never) = (Mutex::new(()), Condvar::new());
+        assert!(never.wait_timeout(lock.lock().unwrap(), Duration::from_millis(1)).unwrap().1.timed_out());
+        thread::sleep(Duration::from_millis(1));
+        thread::yield_now();
+    }),
+    ("log", |_| log::error!("a line")),
+    ("panic", |_| assert!(panic::catch_unwind(|| panic!("as it should")).is_err())),
+    ("be interrupted", |_| {
+        // SAFETY: a handler that does nothing may run at any time.
+        unsafe { nix::sys::signal::signal(Signal::SIGUSR1, nix::sys::signal::SigHandler::Handler(nothing)).unwrap() };
+        raise(Signal::SIGUSR1).unwrap();
+    }),
+    // As a C library would that is newer than all of this.
+    ("try a newer system call", |_| {
+        // SAFETY: it does not exist.
+        assert_eq!(unsafe { libc::syscall(500) }, -1);
+        assert_eq!(io::Error::last_os_error().raw_os_error(), Some(libc::ENOSYS));
+    }),
+];
+
+extern "C" fn nothing(_signal: libc::c_int) {}
+
+fn map(prot: ProtFlags) -> nix::Result<std::ptr::NonNull<libc::c_void>> {
+    let len = std::num::NonZeroUsize::new(4096).unwrap();
+    // SAFETY: new memory, where the kernel likes it.
+    unsafe { mmap_anonymous(None, len, prot, MapFlags::MAP_PRIVATE) }
+}
+
+/// The process in which an act is done; nothing if the tests are run as usual.
+#[test]
+fn stage() {
+    let Some(name) = env::var_os("SANDBOX_ACT") else { return };
+    let act = [FORBIDDEN, FOR_SESSIONS, &[ELSEWHERE], HARMLESS].concat().into_iter().find(|(act, _)| name == **act);
+    let (_, act) = act.unwrap_or(("abort", |_| process::abort()));
+    let kind = env::var("SANDBOX_KIND").unwrap();
+    let kind = ThreadKind::ALL.into_iter().find(|known| format!("{known:?}") == kind).unwrap();
+    let folder = PathBuf::from(env::var_os("SANDBOX_FOLDER").unwrap());
+    env_logger::init();
+    let sandbox = Sandbox::new(SandboxMode::On, &[&folder]).unwrap();
+    let actor = thread::spawn(move || {
+        sandbox.enter_as(kind);
+        act(&folder);
+    });
+    process::exit(actor.join().map_or(1, |()| 0));
+}
+
+/// Has a thread of some kind do something.
+fn done(name: &str, kind: ThreadKind) -> Output {
+    let parent = tempfile::tempdir().unwrap();
+    let folder = parent.path().join("sockets");
+    fs::create_dir(&folder).unwrap();
+    File::create(folder.join("file")).unwrap();
+    File::create(parent.path().join("outside")).unwrap();
+    Command::new(env::current_exe().unwrap())
+        .args(["--exact", "sandbox::tests::stage", "--nocapture", "--test-threads=1"])
+        .env("SANDBOX_ACT", name)
+        .env("SANDBOX_KIND", format!("{kind:?}"))
+        .env("SANDBOX_FOLDER", folder)
+        .env("RUST_BACKTRACE", "full")
+        .output()
+        .unwrap()
+}
+
+fn killed(output: &Output) -> bool {
+    output.status.signal() == Some(libc::SIGSYS)
+}
+
+#[test]
+fn what_nobody_may_ends_the_process() {
+    for (name, _) in FORBIDDEN {
+        for kind in ThreadKind::ALL {
+            let output = done(name, kind);
+            assert!(killed(&output), "{kind:?}, {name}: {output:?}");
+        }
+    }
+}
+
+#[test]
+fn sessions_may_more_than_others() {
+    for (name, _) in FOR_SESSIONS {
+        for kind in ThreadKind::ALL {
+            let output = done(name, kind);
+            let fine = if kind == ThreadKind::Session { output.status.success() } else { killed(&output) };
+            assert!(fine, "{kind:?}, {name}: {output:?}");
+        }
+    }
+}
+
+#[test]
+fn sessions_remove_nothing_elsewhere() {
+    if aside(|| Files::new(&[]).unwrap().restrict().unwrap()).is_some() {
+        let output = done(ELSEWHERE.0, ThreadKind::Session);
+        assert!(output.status.success(), "{output:?}");
+    }
+}
+
+#[test]
+fn what_happens_to_any_thread_harms_none() {
+    for (name, _) in HARMLESS {
+        for kind in ThreadKind::ALL {
+            let output = done(name, kind);
+            assert!(output.status.success(), "{kind:?}, {name}: {output:?}");
+        }
+    }
+}
+
+#[test]
+fn an_abort_is_an_abort() {
+    for kind in ThreadKind::ALL {
+        let output = done("abort", kind);
+        assert_eq!(output.status.signal(), Some(libc::SIGABRT), "{kind:?}: {output:?}");
+    }
+}
+
+/// Does it on a thread of its own, in this process.
+fn aside<T: Send>(act: impl FnOnce() -> T + Send) -> T {
+    thread::scope(|scope| scope.spawn(act).join().unwrap())
+}
+
+#[test]
+fn files_are_out_of_reach_without_seccomp_too() {
+    let (ours, other) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let files = [&ours, &other].map(|folder| folder.path().join("file"));
+    files.iter().for_each(|file| fs::write(file, "").unwrap());
+    let enforced = aside(|| {
+        let Some(_abi) = Files::new(&[ours.path()]).unwrap().restrict().unwrap() else { return false };
+        let denied = |result: io::Result<()>| assert_eq!(result.unwrap_err().raw_os_error(), Some(libc::EACCES));
+        denied(File::open(&files[0]).map(drop));
+        denied(File::open("/etc/passwd").map(drop));
+        denied(File::create(ours.path().join("new")).map(drop));
+        denied(fs::remove_file(&files[1]));
+        fs::remove_file(&files[0]).unwrap();
+        true
+    });
+    assert!(!enforced || files[1].exists() && !files[0].exists());
+    // Other threads are as free as before.
+    fs::remove_file(&files[1]).unwrap();
+}
+
+#[test]
+fn no_capability_is_left_and_none_comes_back() {
+    use caps::CapSet;
+    aside(|| {
+        privileges::drop_all().unwrap();
+        for set in [CapSet::Effective, CapSet::Permitted, CapSet::Inheritable, CapSet::Ambient] {
+            assert_eq!(caps::read(None, set).unwrap(), caps::CapsHashSet::new(), "{set:?}");
+        }
+        assert!(nix::sys::prctl::get_no_new_privs().unwrap());
+        assert!(caps::raise(None, CapSet::Permitted, caps::Capability::CAP_SYS_ADMIN).is_err());
+    });
+}
+
+#[test]
+fn a_sandbox_that_is_off_takes_nothing() {
+    let sandbox = Sandbox::new(SandboxMode::Off, &[]).unwrap();
+    aside(|| {
+        sandbox.enter_as(ThreadKind::Worker);
+        File::open("/dev/null").unwrap();
+        assert!(!nix::sys::prctl::get_no_new_privs().unwrap());
+    });
+}
+
+/// What the filter adds to a worker's system call: `cargo test --release -p vfio-user-blk --lib cost -- --ignored --nocapture`.
+#[test]
+#[ignore = "measures"]
+fn cost_of_the_filter() {
+    const CALLS: u32 = 10_000;
+    // The least of many: what else the machine does only adds. To no ring: the kernel finds out at once, and what is measured is
+    // the way there.
+    let enter = || {
+        let round = |_| {
+            let begun = Instant::now();
+            for _ in 0..CALLS {
+                // SAFETY: without a ring the kernel touches no memory.
+                unsafe { libc::syscall(libc::SYS_io_uring_enter, -1, 0, 0, 0, 0, 0) };
+            }
+            begun.elapsed()
+        };
+        (0..200).map(round).min().unwrap().as_secs_f64() * 1e9 / f64::from(CALLS)
+    };
+    let filters = Filters::new().unwrap().unwrap();
+    for _ in 0..3 {
+        let without = aside(enter);
+        let with = aside(|| {
+            assert!(filters.apply(ThreadKind::Worker).unwrap());
+            enter()
+        });
+        println!("io_uring_enter: {without:.1} ns without the filter, {with:.1} ns with it");
+    }
+}
