@@ -188,16 +188,9 @@ impl<Q: Virtqueue<Memory: MappedQueue>> BlockQueue<Q> {
     fn start(&mut self, head: Head, mut io: Box<Io>, limits: &Limits) {
         match parse(&mut io.buffers, limits) {
             Ok(Request::Store { operation, written }) => {
-                let written = match operation {
-                    Operation::Read { sector } => {
-                        io.op = Op::Read { offset: sector * SECTOR };
-                        Written::All(written)
-                    }
-                    operation => {
-                        io.op = self.change(operation);
-                        // The status, and nothing of what else it might be allowed to write.
-                        if io.buffers.has_writable_data() { Written::First(written) } else { Written::All(written) }
-                    }
+                io.op = match operation {
+                    Operation::Read { sector } => Op::Read { offset: sector * SECTOR },
+                    operation => self.change(operation),
                 };
                 self.in_flight.insert(io.token, Pending { head, written });
                 self.submit(io);
@@ -253,13 +246,13 @@ impl<Q: Virtqueue<Memory: MappedQueue>> BlockQueue<Q> {
         for Completion { io, result } in completions.drain(..) {
             let Some(pending) = self.in_flight.remove(io.token) else { continue };
             let (status, written) = match result {
-                Ok(()) => (Status::Ok, pending.written),
+                Ok(()) => (Status::Ok, success(&io, pending.written)),
                 Err(error) => {
                     // Not the storage's doing: the client's memory is not there.
                     if error.raw_os_error() == Some(libc::EFAULT) {
                         self.events.memory_lost();
                     }
-                    failure(&error, io.op, pending.written)
+                    failure(&error, &io, pending.written)
                 }
             };
             self.finish(pending.head, io, status, written);
@@ -298,12 +291,20 @@ impl<Q: Virtqueue<Memory: MappedQueue>> BlockQueue<Q> {
     }
 }
 
+/// What a driver is told of a request that has been done: a read fills its buffers up to and with the status, others write
+/// the status, and nothing of what else they might be allowed to.
+#[inline(always)]
+fn success(io: &Io, written: u32) -> Written {
+    let all = matches!(io.op, Op::Read { .. }) || !io.buffers.has_writable_data();
+    if all { Written::All(written) } else { Written::First(written) }
+}
+
 /// What a driver is told of a request that has failed, and how many bytes of it have been written for sure: those of a
 /// read, which come before the status, have not.
 #[cold]
-fn failure(error: &io::Error, op: Op, written: Written) -> (Status, Written) {
+fn failure(error: &io::Error, io: &Io, written: u32) -> (Status, Written) {
     let status = if error.kind() == io::ErrorKind::Unsupported { Status::Unsupp } else { Status::IoErr };
-    (status, if matches!(op, Op::Read { .. }) { Written::First(0) } else { written })
+    (status, if matches!(io.op, Op::Read { .. }) { Written::First(0) } else { success(io, written) })
 }
 
 impl<Q: Virtqueue<Memory: MappedQueue>> QueueTask for BlockQueue<Q> {

@@ -1,14 +1,14 @@
 //! Which requests are in flight.
 
-use crate::queue::{Head, Written};
+use crate::queue::Head;
 
 /// A request that the store is working on.
 #[derive(Debug)]
 pub struct Pending {
     /// Its place in the queue.
     pub head: Head,
-    /// What to report as written if it succeeds.
-    pub written: Written,
+    /// Bytes to report as written if it succeeds.
+    pub written: u32,
 }
 
 /// The requests of one queue that are in flight, by tokens that their owner gives out.
