@@ -63,6 +63,7 @@ impl BlockService {
                 index,
                 place,
                 queue: Ring::Mapped(queue),
+                in_order: features.in_order,
                 memory,
                 batch: Vec::with_capacity(BATCH),
                 config,
@@ -96,6 +97,8 @@ struct BlockQueue<Q: Virtqueue> {
     index: u16,
     place: QueuePlace,
     queue: Ring<Q>,
+    /// Whether the queue wants to know if all that may be written was.
+    in_order: bool,
     memory: GuestMemory,
     /// Requests that were taken off the ring just now.
     batch: Vec<(Popped, Box<Io>)>,
@@ -246,7 +249,8 @@ impl<Q: Virtqueue<Memory: MappedQueue>> BlockQueue<Q> {
         for Completion { io, result } in completions.drain(..) {
             let Some(pending) = self.in_flight.remove(io.token) else { continue };
             let (status, written) = match result {
-                Ok(()) => (Status::Ok, success(&io, pending.written)),
+                Ok(()) if self.in_order => (Status::Ok, success(&io, pending.written)),
+                Ok(()) => (Status::Ok, pending.written.into()),
                 Err(error) => {
                     // Not the storage's doing: the client's memory is not there.
                     if error.raw_os_error() == Some(libc::EFAULT) {

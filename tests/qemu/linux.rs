@@ -1,11 +1,9 @@
 //! Linux with its root file system on the disk: the releases that Debian has, and what their drivers do in unusual ways.
 
-use std::process::Command;
-
 use anyhow::Result;
-use testbed::{Linux, Machine, output};
+use testbed::{Linux, Machine};
 
-use crate::{Disk, MIB, assert_every_queue_interrupts, cannot_run, image, testbed};
+use crate::{Disk, MIB, assert_every_queue_interrupts, image, testbed};
 
 /// What a guest does with its root file system on vda: files whose sums the host compares, and fio.
 const WORK: &str = "
@@ -74,14 +72,8 @@ fn linux_on_arm64_has_its_root_on_the_disk() -> Result<()> {
     has_its_root_on_the_disk(Linux::Arm64, "6.12.")
 }
 
-/// As soon as the server can offer them.
 #[test]
 fn linux_uses_packed_rings() -> Result<()> {
-    let help = output(Command::new(testbed::binary()?).args(["serve", "--help"]))?;
-    if !help.contains("--packed") {
-        cannot_run("the server offers split rings only");
-        return Ok(());
-    }
     let disk = Disk::new(128 * MIB, &["--num-queues", "2", "--packed"])?;
     let script = "
         fact packed $(cut -c 35 $(readlink -f /sys/block/vda/device)/features)

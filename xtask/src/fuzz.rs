@@ -154,8 +154,9 @@ impl Target {
         let temporary = tempfile::tempdir().context("cannot make a folder")?;
         let mut command = Command::new(binaries.join(self.name));
         command.current_dir(workspace()).env("TMPDIR", temporary.path());
-        // An input that takes longer hangs; no target needs much memory.
-        command.args(["-timeout=25", "-rss_limit_mb=2048", "-print_final_stats=1"]).args(self.arguments);
+        // An input that takes longer hangs, however busy the machine is; no target needs much memory.
+        command.args(["-timeout=150", "-report_slow_units=150", "-rss_limit_mb=2048", "-print_final_stats=1"]);
+        command.args(self.arguments);
         let finds = target().join("fuzz/finds").join(self.name);
         command.arg(format!("-artifact_prefix={}/", folder(&finds)?.display()));
         if let Some(input) = &options.input {

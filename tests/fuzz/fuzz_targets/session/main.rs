@@ -31,7 +31,7 @@ use step::Step;
 use world::{Disk, World};
 
 /// How long anything may take: far longer than it does on a busy machine.
-const LIMIT: Duration = Duration::from_secs(10);
+const LIMIT: Duration = Duration::from_secs(60);
 /// The most steps of an input.
 const MAX_STEPS: usize = 48;
 
