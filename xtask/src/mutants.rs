@@ -43,12 +43,13 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
         return hardware(&tree);
     }
     let mut mutants = list::mutants();
+    // All of them: so that none is left behind when the source moves on.
+    mutants.iter().try_for_each(|mutant| tree.check(mutant))?;
     if let Some(name) = &options.name {
         mutants.retain(|mutant| mutant.name.contains(name.as_str()));
     }
     ensure!(!mutants.is_empty(), "there is no such mutant");
     let start = Instant::now();
-    mutants.iter().try_for_each(|mutant| tree.check(mutant))?;
     unchanged(&tree, &mutants)?;
     println!("\n{:<52} {:<24} {:>7}  by", "mutant", "killed by", "after");
     let mut survivors = 0;
