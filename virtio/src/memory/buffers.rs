@@ -71,6 +71,11 @@ impl PinnedBuffers {
         !matches!(self.pieces().1, [] | [libc::iovec { iov_len: 0, .. }])
     }
 
+    /// Whether there are `most` pieces.
+    pub(super) fn is_full(&self, most: usize) -> bool {
+        self.iovecs.len() >= most
+    }
+
     /// Lets go of all pieces and pins.
     #[inline]
     pub fn clear(&mut self) {

@@ -26,7 +26,17 @@ pub enum Unmapped {
         /// The first such address.
         iova: u64,
     },
+    /// The request has too many pieces before it.
+    #[error("IOVA {iova:#x}: the request's buffers lie in more than {MAX_PIECES} pieces of memory")]
+    Scattered {
+        /// The first address of the piece that is too much.
+        iova: u64,
+    },
 }
+
+/// The most pieces of one request's buffers, where they cross mappings: 16 MiB of pages that are mapped one by one. A
+/// descriptor's length costs a guest nothing, and each piece costs us a look-up.
+const MAX_PIECES: usize = 4096;
 
 /// One queue's view of guest memory: a snapshot of the table and the mapping that was used last, since the
 /// next buffer most often lies in the same one.
@@ -228,6 +238,9 @@ impl GuestMemory {
         buffers: &mut PinnedBuffers,
     ) -> Result<(), Unmapped> {
         while len > 0 {
+            if buffers.is_full(MAX_PIECES) {
+                return Err(Unmapped::Scattered { iova });
+            }
             let (host, left) = self.host(iova, access)?;
             let piece = len.min(left);
             if let Some(mapping) = &self.last {
@@ -329,6 +342,22 @@ mod tests {
         let mut buffers = PinnedBuffers::default();
         memory.pin(0x1f80, 256, Access::READ, &mut buffers).unwrap();
         assert_eq!(buffers.iovecs().iter().map(|iovec| iovec.iov_len).collect::<Vec<_>>(), [128, 128]);
+    }
+
+    #[test]
+    fn the_pieces_of_a_request_have_a_bound() {
+        let (shared, file) = (Arc::new(SharedTable::default()), memory_file(0x1000));
+        let pages = MAX_PIECES as u64 + 1;
+        for page in 0..pages {
+            shared.map(Mapping::of_file(page << 12, 0x1000, Access::READ, Arc::clone(&file), 0).unwrap()).unwrap();
+        }
+        let mut memory = GuestMemory::new(shared);
+        let mut buffers = PinnedBuffers::default();
+        let last = (pages - 1) << 12;
+        assert_eq!(memory.pin(0, pages << 12, Access::READ, &mut buffers), Err(Unmapped::Scattered { iova: last }));
+        buffers.clear();
+        assert_eq!(memory.pin(0, last, Access::READ, &mut buffers), Ok(()));
+        assert_eq!(memory.pin(last, 1, Access::READ, &mut buffers), Err(Unmapped::Scattered { iova: last }));
     }
 
     #[test]
