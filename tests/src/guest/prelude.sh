@@ -8,7 +8,8 @@ fi
 
 # fact KEY VALUE...: tells the host, on a serial port of its own.
 fact() {
-    echo "$*" >"$FACTS"
+    # It cannot be opened while another process closes it.
+    until echo "$*" >"$FACTS"; do usleep 1000; done 2>/dev/null
 }
 
 # disk_facts DISK: what the kernel sees of a disk (vda).
