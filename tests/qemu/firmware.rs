@@ -54,7 +54,9 @@ fn uefi_boots_linux_from_the_efi_system_partition() -> Result<()> {
 /// U-Boot's prompt on `machine`.
 fn u_boot(machine: Machine) -> Result<Console> {
     let mut console = testbed()?.console(&machine.firmware(Firmware::UBoot))?;
-    // A key ends the count-down, and another one is as good as none.
+    // A key that comes before U-Boot has set its serial port up can keep later ones out. This is the last thing that it
+    // does before its count-down, which a key ends; another one is as good as none.
+    console.line("Net:")?;
     console.answer("\r", "=> ")?;
     Ok(console)
 }

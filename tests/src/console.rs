@@ -63,7 +63,9 @@ impl Console {
     pub fn answer(&mut self, keys: &str, prompt: &str) -> Result<()> {
         let end = Instant::now() + LIMIT;
         loop {
-            self.port.write_all(keys.as_bytes()).context("cannot type on the console")?;
+            self.port
+                .write_all(keys.as_bytes())
+                .with_context(|| format!("cannot type on the console of {}", self.log.tail()))?;
             // A key that a prompt answers with another one ends the line that it was in.
             let found = |line: &str| line.contains(prompt).then_some(());
             match self.log.wait(&mut self.cursor, BETWEEN_KEYS, found) {
