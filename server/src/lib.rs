@@ -13,9 +13,11 @@ mod listener;
 mod sandbox;
 mod server;
 mod session;
+mod store;
 mod worker;
 
 pub use listener::ListenError;
 pub use sandbox::{Sandbox, SandboxError};
 pub use server::{OpenError, ServeError, Server, StopHandle};
+pub use store::StoreError;
 pub use worker::PoolError;

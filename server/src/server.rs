@@ -11,20 +11,16 @@ use virtio::memory::outlive_lost_memory;
 use virtio::transport::{Options, VirtioPci};
 use virtio_bindings::virtio_config::{VIRTIO_F_IN_ORDER, VIRTIO_F_IOMMU_PLATFORM, VIRTIO_F_RING_PACKED};
 
-use crate::backend::file::{self, FileOptions, FileStore};
-use crate::backend::memory::MemoryStore;
-use crate::backend::null::NullStore;
-use crate::backend::uring::{SqPoll, Uring, UringError, UringOptions, Waker};
-use crate::backend::{SECTOR, Store, StoreInfo};
+use crate::backend::uring::{SqPoll, UringOptions};
+use crate::backend::{SECTOR, StoreInfo};
 use crate::block::BlockService;
-use crate::config::{
-    Cache, DeviceConfig, Doorbell, InvalidDevice, InvalidServer, NumberList, ServerConfig, Size, StoreKind,
-};
+use crate::config::{Cache, DeviceConfig, Doorbell, InvalidDevice, InvalidServer, NumberList, ServerConfig, Size};
 use crate::device::Device;
 use crate::doorbell_page::DoorbellPage;
 use crate::listener::{ListenError, Listener};
 use crate::sandbox::{Sandbox, SandboxError, ThreadKind};
 use crate::session::{Session, Stop};
+use crate::store::{self, StoreError};
 use crate::worker::{Pool, PoolError, WorkerPlan};
 
 /// The most data segments of a request that we ask drivers to keep to, whatever the size of the queue.
@@ -51,27 +47,9 @@ pub enum OpenError {
         /// What is wrong.
         source: InvalidDevice,
     },
-    /// The file or block device.
+    /// Where its blocks live.
     #[error(transparent)]
-    File(#[from] file::OpenError),
-    /// A file store without io_uring.
-    #[error("{}: {source}", blk_file.display())]
-    Uring {
-        /// The file or block device.
-        blk_file: PathBuf,
-        /// What is missing, and how to have it.
-        source: UringError,
-    },
-    /// A disk without a file.
-    #[error("{}: cannot make a disk of {size}: {source}", socket_path.display())]
-    Disk {
-        /// The device's socket.
-        socket_path: PathBuf,
-        /// Its size.
-        size: Size,
-        /// What the system said.
-        source: io::Error,
-    },
+    Store(#[from] StoreError),
     /// The function's registers.
     #[error("{}: {source}", socket_path.display())]
     Function {
@@ -222,7 +200,7 @@ fn open_device(config: &DeviceConfig) -> Result<(Device, String), OpenError> {
     let invalid = |source| OpenError::Invalid { socket_path: socket_path(), source };
     config.check().map_err(invalid)?;
     let limits = config.limits().map_err(invalid)?;
-    let store = open_store(config)?;
+    let store = store::open(config)?;
     let info = store.info();
     let block = BlockDevice::new(block_config(config, &info));
     let mut options = Options::for_device(&block);
@@ -235,11 +213,7 @@ fn open_device(config: &DeviceConfig) -> Result<(Device, String), OpenError> {
         .map_err(|source| OpenError::Function { socket_path: socket_path(), source })?;
     log::debug!("{}: {info:?}, features {features:#x}", config.socket_path.display());
     let (queues, size) = (config.num_queues(), Size(info.capacity));
-    let kind = match (config.store_kind(), &config.blk_file) {
-        (StoreKind::Null, _) => "null".to_owned(),
-        (StoreKind::File, Some(path)) => path.display().to_string(),
-        _ => "memory".to_owned(),
-    };
+    let kind = store::describe(config);
     let read_only = if info.read_only { ", read-only" } else { "" };
     let plural = if queues == 1 { "" } else { "s" };
     let description = format!("{kind}: {size}, {queues} queue{plural}{read_only}");
@@ -250,32 +224,6 @@ fn open_device(config: &DeviceConfig) -> Result<(Device, String), OpenError> {
     let service = Box::new(service);
     let (poll, queue_workers) = (config.poll(), config.queue_workers.clone());
     Ok((Device { function, service, poll, queue_workers, doorbell_page, limits }, description))
-}
-
-fn open_store(config: &DeviceConfig) -> Result<Arc<dyn Store>, OpenError> {
-    let size = config.size_or_default();
-    let disk = |source| OpenError::Disk { socket_path: config.socket_path.clone(), size: Size(size), source };
-    Ok(match (config.store_kind(), &config.blk_file) {
-        (StoreKind::Null, _) => Arc::new(NullStore::new(size).map_err(disk)?),
-        (StoreKind::File, Some(path)) => {
-            // Each worker makes a ring of its own; whether it can is to be known before a guest finds out.
-            let no_ring = |source| OpenError::Uring { blk_file: path.clone(), source };
-            Uring::new(&Waker::new().map_err(OpenError::Threads)?).map_err(no_ring)?;
-            Arc::new(FileStore::open(&FileOptions {
-                path: path.clone(),
-                read_only: config.read_only,
-                cache: match config.cache() {
-                    Cache::None => file::Cache::None,
-                    Cache::Writeback => file::Cache::Writeback,
-                    Cache::Writethrough => file::Cache::Writethrough,
-                },
-                size: config.size.map(|size| size.0),
-                fixed_buffers: config.fixed_buffers,
-                iopoll: config.iopoll,
-            })?)
-        }
-        _ => Arc::new(MemoryStore::new(size).map_err(disk)?),
-    })
 }
 
 /// What the guest is told of a store.
