@@ -136,67 +136,86 @@ impl<Q: Virtqueue<Memory: MappedQueue>> BlockQueue<Q> {
             Share::Part => SHARED_ROUND,
         };
         while left > 0 && self.accepting && self.stalled.is_empty() {
-            self.fill_batch(left.min(BATCH));
+            let most = left.min(BATCH);
+            self.fill_batch(most);
             if self.batch.is_empty() {
                 break;
             }
             round = Round::Progress;
-            left = left.saturating_sub(self.batch.len());
-            let limits = self.config.limits();
-            let mut batch = mem::take(&mut self.batch);
-            for (popped, io) in batch.drain(..) {
-                if let Some(head) = popped.resolved() {
-                    self.start(head, io, &limits);
-                }
-            }
-            self.batch = batch;
+            // Where there were fewer, the ring has no more for now.
+            left = if self.batch.len() < most { 0 } else { left.saturating_sub(most) };
+            self.resolve_batch();
+            self.start_batch();
         }
         round
     }
 
+    /// Starts what was taken off the ring.
+    #[inline(never)]
+    fn start_batch(&mut self) {
+        let limits = self.config.limits();
+        let mut batch = mem::take(&mut self.batch);
+        for (popped, io) in batch.drain(..) {
+            if let Some(head) = popped.resolved() {
+                self.start(head, io, &limits);
+            }
+        }
+        self.batch = batch;
+    }
+
     /// Takes some requests off the ring, `most` of them, and asks for the memory that will be looked at first: that of all
     /// of them is on its way at the same time.
-    #[inline]
+    #[inline(never)]
     fn fill_batch(&mut self, most: usize) {
-        while self.batch.len() < most && matches!(self.queue, Ring::Mapped(_)) {
-            let mut io = self.spare.pop().unwrap_or_else(|| self.another());
-            let Ring::Mapped(queue) = &mut self.queue else { return };
+        let Ring::Mapped(queue) = &mut self.queue else { return };
+        let mut fault = None;
+        while self.batch.len() < most {
+            let Some(io) = self.spare.last_mut() else {
+                self.spare.push(another(&mut self.made));
+                continue;
+            };
             match queue.pop(&mut self.memory, &mut io.buffers) {
-                Ok(Some(popped)) => self.batch.push((popped, io)),
-                nothing => {
-                    io.buffers.clear();
-                    self.spare.push(io);
-                    if let Err(error) = nothing {
-                        self.fault(&error);
+                Ok(Some(popped)) => {
+                    if let Some(io) = self.spare.pop() {
+                        self.batch.push((popped, io));
                     }
+                }
+                Ok(None) => break,
+                Err(error) => {
+                    io.buffers.clear();
+                    fault = Some(error);
                     break;
                 }
             }
         }
+        if let Some(error) = fault {
+            self.fault(&error);
+        }
+    }
+
+    /// Finds the buffers of the requests that were taken, as far as they are not known, and asks for their memory.
+    #[inline(never)]
+    fn resolve_batch(&mut self) {
         let Ring::Mapped(queue) = &mut self.queue else { return };
-        let mut resolved = Ok(());
         for (popped, io) in &mut self.batch {
-            resolved = queue.resolve(popped, &mut self.memory, &mut io.buffers);
-            if resolved.is_err() {
-                break;
+            if let Err(error) = queue.resolve(popped, &mut self.memory, &mut io.buffers) {
+                self.fault(&error);
+                return;
             }
             io.buffers.prefetch();
-        }
-        if let Err(error) = resolved {
-            self.fault(&error);
         }
     }
 
     #[inline]
     fn start(&mut self, head: Head, mut io: Box<Io>, limits: &Limits) {
         match parse(&mut io.buffers, limits) {
+            Ok(Request::Store { operation: Operation::Read { sector }, written }) => {
+                io.op = Op::Read { offset: sector * SECTOR };
+                self.submit(head, io, written);
+            }
             Ok(Request::Store { operation, written }) => {
-                io.op = match operation {
-                    Operation::Read { sector } => Op::Read { offset: sector * SECTOR },
-                    operation => self.change(operation),
-                };
-                self.in_flight.insert(io.token, Pending { head, written });
-                self.submit(io);
+                io.op = self.change(operation);
+                self.submit(head, io, written);
             }
             Ok(Request::Done { status, written }) => self.answer(head, io, status, written),
             Err(error) => self.fault(&error),
@@ -207,14 +226,6 @@ impl<Q: Virtqueue<Memory: MappedQueue>> BlockQueue<Q> {
     #[cold]
     fn answer(&mut self, head: Head, io: Box<Io>, status: Status, written: u32) {
         self.finish(head, io, status, Written::First(written));
-    }
-
-    /// An operation more.
-    #[cold]
-    fn another(&mut self) -> Box<Io> {
-        let token = self.made;
-        self.made = self.made.wrapping_add(1);
-        Box::new(Io { token, op: Op::Flush, buffers: PinnedBuffers::default() })
     }
 
     /// What an operation that is no read is to the store.
@@ -234,7 +245,8 @@ impl<Q: Virtqueue<Memory: MappedQueue>> BlockQueue<Q> {
 
     /// Hands an operation to the backend, or has it wait for room there, behind those that wait already.
     #[inline]
-    fn submit(&mut self, io: Box<Io>) {
+    fn submit(&mut self, head: Head, io: Box<Io>, written: u32) {
+        self.in_flight.insert(io.token, Pending { head, written });
         if !self.stalled.is_empty() {
             self.stalled.push_back(io);
         } else if let Err(Full(io)) = self.backend.submit(io) {
@@ -242,6 +254,7 @@ impl<Q: Virtqueue<Memory: MappedQueue>> BlockQueue<Q> {
         }
     }
 
+    #[inline(never)]
     fn give_back(&mut self) -> Round {
         let mut completions = mem::take(&mut self.completions);
         self.backend.reap(&mut completions);
@@ -273,7 +286,7 @@ impl<Q: Virtqueue<Memory: MappedQueue>> BlockQueue<Q> {
     #[inline(always)]
     fn finish(&mut self, head: Head, mut io: Box<Io>, status: Status, written: Written) {
         io.buffers.write_trailer(status as u8);
-        io.buffers.clear();
+        io.buffers.recycle(&self.memory);
         self.spare.push(io);
         match &mut self.queue {
             Ring::Mapped(queue) => queue.complete(head, written),
@@ -285,6 +298,7 @@ impl<Q: Virtqueue<Memory: MappedQueue>> BlockQueue<Q> {
     /// The ring in guest memory as it is now.
     fn map_ring(&mut self) -> Result<Q::Memory, RingMapError> {
         self.memory.refresh();
+        self.spare.iter_mut().for_each(|io| io.buffers.clear());
         Q::Memory::map(&mut self.memory, self.place.addresses, self.place.size)
     }
 
@@ -293,6 +307,14 @@ impl<Q: Virtqueue<Memory: MappedQueue>> BlockQueue<Q> {
         self.accepting = false;
         self.events.fault(self.index, error.to_string());
     }
+}
+
+/// An operation more.
+#[cold]
+fn another(made: &mut u16) -> Box<Io> {
+    let token = *made;
+    *made = token.wrapping_add(1);
+    Box::new(Io { token, op: Op::Flush, buffers: PinnedBuffers::default() })
 }
 
 /// What a driver is told of a request that has been done: a read fills its buffers up to and with the status, others write

@@ -57,9 +57,11 @@ impl Inbox {
         }
     }
 
-    /// The oldest command.
+    /// The oldest command. One that is left just now may be seen by the next call only: to look costs a worker that is awake
+    /// no barrier, and one that falls asleep looks again.
+    #[inline]
     pub(super) fn pop(&self) -> Option<Command> {
-        self.commands.pop()
+        if self.commands.is_empty() { None } else { self.commands.pop() }
     }
 
     /// Whether the worker may sleep; the next command then wakes it.

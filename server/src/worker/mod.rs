@@ -37,6 +37,9 @@ pub(crate) use pool::{Attached, Detaching, Pool, WorkerPlan};
 /// How long a worker whose ring fails to wait sleeps in place of it, or one that has panicked before it goes on.
 const BROKEN_RING_PAUSE: Duration = Duration::from_millis(100);
 
+/// Rounds without work after which the clock is read: some hundred nanoseconds.
+const ROUNDS_BY_THE_CLOCK: u32 = 8;
+
 /// What a round of work came to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Round {
@@ -124,8 +127,10 @@ impl Worker {
     }
 
     fn serve(&mut self) {
-        // Since when there has been nothing to do. The clock is read only then, so that it costs no request anything.
+        // Since when there has been nothing to do. The clock is read only then, so that it costs no request anything, and
+        // not at once, as the time it takes is time in which no request is seen.
         let mut idle_since = None;
+        let mut unclocked = 0;
         // Whether the last round's requests are still in the ring, to be started by the call that sleeps.
         let mut held = false;
         loop {
@@ -137,6 +142,7 @@ impl Worker {
             }
             if self.run_awake() == Round::Progress {
                 idle_since = None;
+                unclocked = 0;
                 // A worker that sleeps as soon as it finds nothing starts its requests and sleeps in one system call. It
                 // holds them back for no more than the one round which shows that there is nothing else.
                 held = !held && !self.stays_awake(Duration::ZERO);
@@ -145,6 +151,12 @@ impl Worker {
                 }
                 continue;
             }
+            if unclocked < ROUNDS_BY_THE_CLOCK && self.stays_awake(Duration::ZERO) {
+                unclocked += 1;
+                std::hint::spin_loop();
+                continue;
+            }
+            unclocked = 0;
             let now = Instant::now();
             let since = *idle_since.get_or_insert(now);
             let idle = now.saturating_duration_since(since);

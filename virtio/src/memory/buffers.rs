@@ -9,7 +9,7 @@ use vm_memory::VolatileSlice;
 
 use super::file::MemoryFile;
 use super::mapping::{Access, Mapping};
-use super::view::{Unaligned, prefetch};
+use super::view::{GuestMemory, Unaligned, prefetch};
 
 /// One request's pieces of guest memory: those that the device reads, then those that it writes, with the mappings they
 /// lie in.
@@ -79,12 +79,28 @@ impl PinnedBuffers {
     /// Lets go of all pieces and pins.
     #[inline]
     pub fn clear(&mut self) {
+        self.forget_pieces();
+        self.pin = None;
+    }
+
+    /// Lets go of all pieces, and of all pins but that of the mapping which `memory` holds anyway: the next request most
+    /// often lies in the same one. That it may go, [`clear`](Self::clear) these buffers too where `memory` is
+    /// [refreshed](GuestMemory::refresh).
+    #[inline]
+    pub fn recycle(&mut self, memory: &GuestMemory) {
+        self.forget_pieces();
+        if !self.pin.as_ref().is_some_and(|pin| memory.holds(pin)) {
+            self.pin = None;
+        }
+    }
+
+    #[inline(always)]
+    fn forget_pieces(&mut self) {
         self.iovecs.clear();
         self.readable = 0;
         self.data = 0..0;
         self.len = 0;
         self.trailer = None;
-        self.pin = None;
         if !self.more_pins.is_empty() {
             self.more_pins.clear();
         }
@@ -158,11 +174,10 @@ impl PinnedBuffers {
 
     #[inline(always)]
     fn select(&mut self, data: Range<usize>) {
+        let one = if data.end.wrapping_sub(data.start) == 1 { self.iovecs.get(data.start) } else { None };
+        let len = one.map(|one| one.iov_len as u64);
         self.data = data;
-        self.len = match self.iovecs() {
-            [one] => one.iov_len as u64,
-            _ => self.join(),
-        };
+        self.len = len.unwrap_or_else(|| self.join());
     }
 
     /// Makes one piece of neighbours in our address space: fewer, larger segments for the kernel. Returns the bytes of
@@ -317,6 +332,26 @@ impl PinnedBuffers {
         }
     }
 
+    /// Keeps `mapping`, in which the next piece most likely lies, for as long as the pieces. What [`recycle`](Self::recycle)
+    /// has left goes.
+    #[inline(always)]
+    pub(super) fn begin(&mut self, mapping: Option<&Arc<Mapping>>) {
+        match (&self.pin, mapping) {
+            (Some(pin), Some(mapping)) if Arc::ptr_eq(pin, mapping) => {}
+            _ => self.begin_elsewhere(mapping),
+        }
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn begin_elsewhere(&mut self, mapping: Option<&Arc<Mapping>>) {
+        if self.iovecs.is_empty() {
+            self.pin = mapping.cloned();
+        } else if let Some(mapping) = mapping {
+            self.pin(mapping);
+        }
+    }
+
     /// Keeps `mapping` for as long as the pieces.
     #[inline]
     pub(super) fn pin(&mut self, mapping: &Arc<Mapping>) {
@@ -354,6 +389,7 @@ impl fmt::Debug for PinnedBuffers {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::memory::SharedTable;
     use crate::memory::testing::memory_file;
 
     /// Three pieces: 16, 8 and 24 bytes, with gaps between.
@@ -446,5 +482,31 @@ mod tests {
         assert!(!release.wait(std::time::Instant::now()));
         buffers.clear();
         assert!(release.wait(std::time::Instant::now()));
+    }
+
+    /// The pin that is kept is the view's, and no longer than the view has it.
+    #[test]
+    fn recycled_buffers_keep_what_the_view_holds() {
+        let shared = Arc::new(SharedTable::default());
+        for iova in [0x1000, 0x8000] {
+            shared.map(Mapping::of_file(iova, 0x1000, Access::READ, memory_file(0x1000), 0).unwrap()).unwrap();
+        }
+        let mut memory = GuestMemory::new(Arc::clone(&shared));
+        let mut buffers = PinnedBuffers::default();
+        memory.pin(0x1000, 16, Access::READ, &mut buffers).unwrap();
+        let first = buffers.pin.clone().unwrap();
+        buffers.recycle(&memory);
+        assert!(buffers.iovecs().is_empty());
+        assert!(buffers.pin.as_ref().is_some_and(|pin| Arc::ptr_eq(pin, &first)));
+        // Another mapping takes its place, and is the only one then.
+        memory.pin(0x8000, 16, Access::READ, &mut buffers).unwrap();
+        buffers.recycle(&memory);
+        memory.pin(0x8000, 16, Access::READ, &mut buffers).unwrap();
+        assert!(buffers.more_pins.is_empty());
+        let second = buffers.pin.clone().unwrap();
+        assert!(!Arc::ptr_eq(&first, &second));
+        memory.refresh();
+        buffers.recycle(&memory);
+        assert!(buffers.pin.is_none(), "the view holds nothing");
     }
 }

@@ -93,9 +93,12 @@ impl RingMemory for MappedRing {
     #[inline(always)]
     fn write_used_element(&self, slot: u16, id: u16, len: u32) {
         let at = (8 * usize::from(slot & self.mask)).wrapping_add(4);
-        let element = [u32::from(id).to_le(), len.to_le()];
         // SAFETY: the mask keeps the element within the ring; the area is aligned to 4 bytes and mapped for writing.
-        unsafe { self.used.start().add(at).cast::<[u32; 2]>().write_volatile(element) };
+        unsafe {
+            let element = self.used.start().add(at).cast::<u32>();
+            element.write_volatile(u32::from(id).to_le());
+            element.add(1).write_volatile(len.to_le());
+        }
     }
 
     #[inline(always)]

@@ -1,5 +1,6 @@
 //! One queue's view of guest memory.
 
+use std::marker::PhantomData;
 use std::sync::Arc;
 
 use vm_memory::VolatileSlice;
@@ -93,6 +94,8 @@ impl Window {
 pub(crate) struct Pinning<'a> {
     memory: &'a mut GuestMemory,
     buffers: &'a mut PinnedBuffers,
+    /// The view's, at hand.
+    window: Window,
 }
 
 impl Pinning<'_> {
@@ -102,24 +105,54 @@ impl Pinning<'_> {
     /// If a byte is not mapped for this access; the buffers may then hold a part of the range.
     #[inline(always)]
     pub(crate) fn add(&mut self, iova: u64, len: u32, write: bool) -> Result<(), Unmapped> {
-        match self.memory.window.host(iova, write) {
+        match self.window.host(iova, write) {
             Some((host, left)) if u64::from(len) <= left => {
                 // SAFETY: `left >= len` bytes at `host` belong to the mapping in the window, which grants this access
-                // and is pinned: `pinning` did so, and `pin_pieces` does when another takes its place.
+                // and is pinned: `pinning` did so, and `add_elsewhere` does when another takes its place.
                 unsafe { self.buffers.push(host, len as usize, write) };
                 Ok(())
             }
-            _ => {
-                let access = if write { Access::WRITE } else { Access::READ };
-                self.memory.pin_pieces(iova, len.into(), access, self.buffers)
-            }
+            _ => self.add_elsewhere(iova, len, write),
         }
+    }
+
+    /// The same for a range that the window does not hold.
+    #[cold]
+    #[inline(never)]
+    fn add_elsewhere(&mut self, iova: u64, len: u32, write: bool) -> Result<(), Unmapped> {
+        let access = if write { Access::WRITE } else { Access::READ };
+        let added = self.memory.pin_pieces(iova, len.into(), access, self.buffers);
+        self.window = self.memory.window;
+        added
     }
 
     /// Whether there is a piece that the device writes.
     #[inline(always)]
     pub(crate) fn has_writable(&self) -> bool {
         self.buffers.has_writable()
+    }
+}
+
+/// Records of 16 bytes in guest memory, to be read one by one.
+pub(crate) struct Records<'a> {
+    first: *const Unaligned,
+    len: u16,
+    /// What keeps them there: the pins of the buffers that a [`Pinning`] of this lifetime fills, or our own copy.
+    kept: PhantomData<&'a ()>,
+}
+
+impl Records<'_> {
+    /// Record `index` as it is now, read once.
+    #[inline(always)]
+    pub(crate) fn read(&self, index: u16) -> Option<[u64; 2]> {
+        // SAFETY: `first` leads to `len` records, which stay for the lifetime; any bytes are a valid array.
+        (index < self.len).then(|| unsafe { self.first.add(index.into()).read_volatile() }.0)
+    }
+
+    /// How many there are.
+    #[inline(always)]
+    pub(crate) fn len(&self) -> u16 {
+        self.len
     }
 }
 
@@ -142,23 +175,30 @@ impl GuestMemory {
         self.table = self.shared.load();
     }
 
-    /// Copies records of 16 bytes, as they lie in guest memory from `iova` on.
+    /// Finds records of 16 bytes, as many as `copy` has, and begins to pin pieces which they tell of. They are read where
+    /// they lie, or in `copy` where they cross mappings.
     ///
     /// # Errors
     /// If a byte is not mapped for reading.
-    #[inline]
-    pub(crate) fn read_records(&mut self, iova: u64, records: &mut [[u64; 2]]) -> Result<(), Unmapped> {
+    #[inline(always)]
+    pub(crate) fn records<'a>(
+        &'a mut self,
+        iova: u64,
+        len: u16,
+        copy: &'a mut Vec<[u64; 2]>,
+        buffers: &'a mut PinnedBuffers,
+    ) -> Result<(Records<'a>, Pinning<'a>), Unmapped> {
         let (host, left) = self.host(iova, Access::READ)?;
-        if left < size_of_val(records) as u64 {
-            return self.gather_records(iova, records);
-        }
-        for (index, record) in records.iter_mut().enumerate() {
-            // SAFETY: `host` returned `left` bytes, enough for all records, that belong to a mapping which `self.last`
-            // keeps mapped meanwhile; any bytes are a valid array.
-            let Unaligned(copy) = unsafe { host.cast::<Unaligned>().add(index).read_volatile() };
-            *record = copy;
-        }
-        Ok(())
+        let first = if left < u64::from(len).wrapping_mul(16) {
+            copy.clear();
+            copy.resize(len.into(), [0; 2]);
+            self.gather_records(iova, copy)?;
+            copy.as_ptr().cast()
+        } else {
+            // Of the mapping that `host` has left in `self.last`, which `pinning` pins.
+            host.cast_const().cast()
+        };
+        Ok((Records { first, len, kept: PhantomData }, self.pinning(buffers)))
     }
 
     /// The same where the records cross mappings.
@@ -214,18 +254,18 @@ impl GuestMemory {
     /// # Errors
     /// If a byte is not mapped for this access; `buffers` may then hold a part of the range.
     pub fn pin(&mut self, iova: u64, len: u64, access: Access, buffers: &mut PinnedBuffers) -> Result<(), Unmapped> {
+        buffers.begin(self.last.as_ref());
         self.pin_pieces(iova, len, access, buffers)?;
         buffers.select_all();
         Ok(())
     }
 
     /// Adds pieces to `buffers` one after the other.
-    #[inline]
+    #[inline(always)]
     pub(crate) fn pinning<'a>(&'a mut self, buffers: &'a mut PinnedBuffers) -> Pinning<'a> {
-        if let Some(last) = &self.last {
-            buffers.pin(last);
-        }
-        Pinning { memory: self, buffers }
+        buffers.begin(self.last.as_ref());
+        let window = self.window;
+        Pinning { memory: self, buffers, window }
     }
 
     #[cold]
@@ -290,6 +330,12 @@ impl GuestMemory {
         self.window = Window::of(mapping);
         self.last = Some(Arc::clone(mapping));
         Ok(found)
+    }
+
+    /// Whether `mapping` is the one that was used last, which the view holds anyway.
+    #[inline(always)]
+    pub(super) fn holds(&self, mapping: &Arc<Mapping>) -> bool {
+        self.last.as_ref().is_some_and(|last| Arc::ptr_eq(last, mapping))
     }
 
     /// The mapping that holds `iova`, in the newest snapshot.

@@ -67,7 +67,7 @@ pub(super) struct List {
 #[derive(Debug)]
 pub(super) struct Walk {
     indirect_desc: bool,
-    /// The indirect table at hand: our own copy, so that nothing in it is read twice.
+    /// Our own copy of the indirect table at hand, if that crosses mappings.
     table: Vec<[u64; 2]>,
 }
 
@@ -159,24 +159,8 @@ impl Walk {
         }
     }
 
-    /// Our own copy of a table.
-    #[inline(always)]
-    fn read(
-        &mut self,
-        IndirectTable { iova, entries }: IndirectTable,
-        memory: &mut GuestMemory,
-    ) -> Result<&[[u64; 2]], ChainError> {
-        let entries = usize::from(entries.get());
-        if self.table.len() < entries {
-            self.table.resize(entries, [0; 2]);
-        }
-        let table = self.table.get_mut(..entries).unwrap_or_default();
-        memory.read_records(iova, table)?;
-        Ok(table)
-    }
-
     /// Pins the buffers of the rest of a chain.
-    #[inline(never)]
+    #[inline(always)]
     pub(super) fn finish(
         &mut self,
         table: IndirectTable,
@@ -184,12 +168,12 @@ impl Walk {
         buffers: &mut PinnedBuffers,
     ) -> Result<(), ChainError> {
         let entries = table.entries.get();
-        let table = self.read(table, memory)?;
-        let mut pinning = memory.pinning(buffers);
+        let (table, mut pinning) = memory.records(table.iova, entries, &mut self.table, buffers)?;
         let mut index = 0;
-        for _ in 0..table.len() {
-            let record = table.get(usize::from(index)).ok_or(ChainError::OutOfTable { index, len: entries })?;
-            let descriptor = Descriptor::from_words(*record);
+        let mut left = entries;
+        loop {
+            let record = table.read(index).ok_or(ChainError::OutOfTable { index, len: entries })?;
+            let descriptor = Descriptor::from_words(record);
             if descriptor.flags & INDIRECT != 0 {
                 return Err(ChainError::MisplacedIndirect);
             }
@@ -197,26 +181,30 @@ impl Walk {
             if descriptor.flags & NEXT == 0 {
                 return Ok(());
             }
+            // As in `start_direct`.
+            left = left.wrapping_sub(1);
+            if left == 0 {
+                return Err(ChainError::TooLong(entries));
+            }
             index = descriptor.next;
         }
-        Err(ChainError::TooLong(entries))
     }
 
     /// Pins the buffers of the table of a packed virtqueue, which is read from end to end (§2.8.7).
-    #[inline(never)]
+    #[inline(always)]
     pub(super) fn finish_packed(
         &mut self,
         table: IndirectTable,
         memory: &mut GuestMemory,
         buffers: &mut PinnedBuffers,
     ) -> Result<(), ChainError> {
-        let table = self.read(table, memory)?;
-        let mut pinning = memory.pinning(buffers);
-        table.iter().try_for_each(|record| {
+        let (table, mut pinning) = memory.records(table.iova, table.entries.get(), &mut self.table, buffers)?;
+        for record in (0..table.len()).filter_map(|index| table.read(index)) {
             // All flags but WRITE, and the buffer ID, are ignored.
-            let descriptor = PackedDescriptor::from_words(*record);
-            push(descriptor.addr, descriptor.len, descriptor.flags, &mut pinning)
-        })
+            let descriptor = PackedDescriptor::from_words(record);
+            push(descriptor.addr, descriptor.len, descriptor.flags, &mut pinning)?;
+        }
+        Ok(())
     }
 }
 

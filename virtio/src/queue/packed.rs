@@ -127,7 +127,7 @@ impl<M: PackedRingMemory> Virtqueue for PackedQueue<M> {
             self.armed = false;
             self.ring.disarm();
         }
-        Ok(Some(Popped::new(Head { id, descriptors, slot }, table)))
+        Ok(Some(Popped::new(Head::new(id, descriptors, slot), table)))
     }
 
     #[inline]
@@ -138,7 +138,7 @@ impl<M: PackedRingMemory> Virtqueue for PackedQueue<M> {
         buffers: &mut PinnedBuffers,
     ) -> Result<(), QueueError> {
         let Some(table) = popped.table() else { return Ok(()) };
-        let head = popped.head.id;
+        let head = popped.head.id();
         self.walk.finish_packed(table, memory, buffers).map_err(|source| QueueError::Chain { head, source })?;
         popped.resolve();
         Ok(())
@@ -147,8 +147,8 @@ impl<M: PackedRingMemory> Virtqueue for PackedQueue<M> {
     #[inline]
     fn complete(&mut self, head: Head, written: impl Into<Written>) {
         match &mut self.order {
-            None => self.give_back(head.id, written.into().bytes(), head.descriptors),
-            Some(order) => order.complete(head.slot, written.into()),
+            None => self.give_back(head.id(), written.into().bytes(), head.descriptors()),
+            Some(order) => order.complete(head.slot(), written.into()),
         }
     }
 

@@ -18,8 +18,8 @@ pub struct SplitQueue<M> {
     /// `next_used` at the last decision about a signal.
     decided: u16,
     armed: bool,
-    /// One bit a descriptor: the heads in flight.
-    in_flight: Box<[u64]>,
+    /// By descriptor: whether it is the head of a request in flight.
+    in_flight: Box<[bool]>,
     /// With `VIRTIO_F_IN_ORDER`.
     order: Option<InOrder>,
 }
@@ -65,21 +65,19 @@ impl<M: RingMemory> SplitQueue<M> {
             }
         }
         let head = self.ring.avail_head(self.next_avail);
-        if head >= self.ring.size() {
+        let Some(in_flight) = self.in_flight.get_mut(usize::from(head)) else {
             return Err(QueueError::Head { head, size: self.ring.size() });
-        }
-        let (word, bit) = (usize::from(head / 64), 1 << (head % 64));
-        let Some(word) = self.in_flight.get_mut(word).filter(|word| **word & bit == 0) else {
-            return Err(QueueError::HeadInFlight(head));
         };
-        *word |= bit;
+        if std::mem::replace(in_flight, true) {
+            return Err(QueueError::HeadInFlight(head));
+        }
         self.next_avail = self.next_avail.wrapping_add(1);
         if self.armed {
             self.armed = false;
             self.ring.disarm();
         }
         let slot = self.order.as_mut().map_or(0, |order| order.take(head, 1));
-        Ok(Some(Head { id: head, descriptors: 1, slot }))
+        Ok(Some(Head::new(head, 1, slot)))
     }
 
     /// Gives back so many requests, all by the entry of the first of them.
@@ -107,7 +105,7 @@ impl<M: RingMemory> Virtqueue for SplitQueue<M> {
             decided: state.next_used,
             // As a driver finds a new queue: it kicks until told otherwise.
             armed: true,
-            in_flight: vec![0; usize::from(size).div_ceil(64)].into(),
+            in_flight: vec![false; usize::from(size)].into(),
             order: features.in_order.then(|| InOrder::new(size)),
         }
     }
@@ -137,9 +135,9 @@ impl<M: RingMemory> Virtqueue for SplitQueue<M> {
         let Some(head) = self.pop_head()? else {
             return Ok(None);
         };
-        match self.walk.start(self.ring.memory(), head.id, memory, buffers) {
+        match self.walk.start(self.ring.memory(), head.id(), memory, buffers) {
             Ok(table) => Ok(Some(Popped::new(head, table))),
-            Err(source) => Err(QueueError::Chain { head: head.id, source }),
+            Err(source) => Err(QueueError::Chain { head: head.id(), source }),
         }
     }
 
@@ -151,7 +149,7 @@ impl<M: RingMemory> Virtqueue for SplitQueue<M> {
         buffers: &mut PinnedBuffers,
     ) -> Result<(), QueueError> {
         let Some(table) = popped.table() else { return Ok(()) };
-        let head = popped.head.id;
+        let head = popped.head.id();
         self.walk.finish(table, memory, buffers).map_err(|source| QueueError::Chain { head, source })?;
         popped.resolve();
         Ok(())
@@ -159,12 +157,12 @@ impl<M: RingMemory> Virtqueue for SplitQueue<M> {
 
     #[inline]
     fn complete(&mut self, head: Head, written: impl Into<Written>) {
-        if let Some(word) = self.in_flight.get_mut(usize::from(head.id / 64)) {
-            *word &= !(1 << (head.id % 64));
+        if let Some(in_flight) = self.in_flight.get_mut(usize::from(head.id())) {
+            *in_flight = false;
         }
         match &mut self.order {
-            None => self.give_back(head.id, written.into().bytes(), 1),
-            Some(order) => order.complete(head.slot, written.into()),
+            None => self.give_back(head.id(), written.into().bytes(), 1),
+            Some(order) => order.complete(head.slot(), written.into()),
         }
     }
 

@@ -1,6 +1,6 @@
 //! What the two formats of virtqueues have in common.
 
-use std::num::NonZeroU16;
+use std::num::{NonZeroU16, NonZeroU64};
 
 use super::chain::{ChainError, IndirectTable};
 use super::in_order::Written;
@@ -61,19 +61,35 @@ pub enum QueueError {
 #[derive(Debug, PartialEq, Eq)]
 #[must_use = "a request must be completed"]
 pub struct Head {
-    pub(super) id: u16,
-    /// Descriptors of the ring that the request takes.
-    pub(super) descriptors: u16,
-    /// With `VIRTIO_F_IN_ORDER`: its place among those in flight.
-    pub(super) slot: u16,
+    /// From the lowest bit on, 16 bits each: a one, so that there is a word which is no head, the identifier, the descriptors,
+    /// and the slot. A word is moved about in fewer instructions than three numbers.
+    word: NonZeroU64,
 }
 
 impl Head {
+    /// A request by this identifier that takes so many descriptors of the ring; with `VIRTIO_F_IN_ORDER` it has a place, its
+    /// slot, among those in flight.
+    #[inline(always)]
+    pub(super) fn new(id: u16, descriptors: u16, slot: u16) -> Self {
+        let word = u64::from(id) << 16 | u64::from(descriptors) << 32 | u64::from(slot) << 48;
+        Self { word: NonZeroU64::MIN | word }
+    }
+
     /// Split: the index of the chain's first descriptor, less than the queue's size, and not shared by two requests in flight.
     /// Packed: the buffer ID, which is the driver's and says nothing to us.
     #[inline(always)]
     pub fn id(&self) -> u16 {
-        self.id
+        (self.word.get() >> 16) as u16
+    }
+
+    #[inline(always)]
+    pub(super) fn descriptors(&self) -> u16 {
+        (self.word.get() >> 32) as u16
+    }
+
+    #[inline(always)]
+    pub(super) fn slot(&self) -> u16 {
+        (self.word.get() >> 48) as u16
     }
 }
 

@@ -159,7 +159,7 @@ fn a_list_is_taken_in_order_and_has_the_id_of_its_last_descriptor() {
         (BASE + 0x400, 1, WRITE, 6000),
     ]);
     let head = rig.take();
-    assert_eq!((head.id, head.descriptors), (6000, 4));
+    assert_eq!((head.id(), head.descriptors()), (6000, 4));
     assert_eq!(rig.pieces(), [vec![(BASE, 16)], vec![(BASE + 0x300, 32), (BASE + 0x400, 1)]]);
     assert_eq!(rig.pop(), Ok(None));
     rig.queue.complete(head, 33);
@@ -187,7 +187,7 @@ fn a_table_is_read_from_end_to_end() {
     rig.write(TABLE, 2, (BASE + 0x300, 1, WRITE | NEXT | USED, 0));
     rig.offer(&[(TABLE, 48, INDIRECT | WRITE, 5)]);
     let head = rig.take();
-    assert_eq!((head.id, head.descriptors), (5, 1));
+    assert_eq!((head.id(), head.descriptors()), (5, 1));
     assert_eq!(rig.pieces(), [vec![(BASE + 0x100, 8), (BASE + 0x200, 9)], vec![(BASE + 0x300, 1)]]);
 }
 
@@ -533,7 +533,7 @@ impl History {
             return;
         };
         let head = self.rig.take();
-        assert_eq!(head.id, id);
+        assert_eq!(head.id(), id);
         assert_eq!(self.rig.pieces(), self.known[&id].pieces);
         self.popped.push((id, head));
     }
