@@ -162,7 +162,9 @@ impl Worker {
             let idle = now.saturating_duration_since(since);
             if self.stays_awake(idle) {
                 self.start();
-                patience::spin(idle);
+                if patience::spin(now, idle) {
+                    self.awake.iter_mut().for_each(|entry| entry.patience.in_the_way());
+                }
             } else if self.arm_all(since) == Armed::Sleep {
                 self.sleep();
                 idle_since = None;

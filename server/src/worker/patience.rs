@@ -5,6 +5,10 @@
 //! asleep, staying awake would have paid, and the while grows; when none comes for long, it was in vain, and the while shrinks,
 //! soon to nothing. An idle device therefore costs nothing, and one request now and then costs no more than its own wake-up.
 //!
+//! All this is for a processor that nobody else wants. Where the worker offers it and somebody takes it, a guest's own
+//! processor often, to sleep is better twice: the others get on, and who sleeps is woken when there is news, where who
+//! stayed awake would wait for its turn. A queue that has found that stays awake no more, for some wake-ups.
+//!
 //! A request has come when its kick was heard, not when the worker was awake at last: else the time that waking takes, which
 //! is what staying awake would have saved, would speak against staying awake.
 
@@ -19,6 +23,10 @@ const LONGEST: Duration = Duration::from_micros(200);
 const SHORTEST: Duration = Duration::from_micros(4);
 /// From then on the processor is offered to whoever else may need it.
 const SELFISH: Duration = Duration::from_micros(20);
+/// To offer the processor takes less than this if nobody takes it.
+const TAKEN: Duration = Duration::from_micros(10);
+/// Wake-ups for which a queue does not try again to stay awake.
+const SHY: u32 = 64;
 /// Rounds without work after which a queue is set aside while others have work.
 const QUIET_ROUNDS: u32 = 1000;
 
@@ -33,11 +41,13 @@ pub(super) struct Patience {
     /// When a kick came.
     kicked: Option<Instant>,
     quiet_rounds: u32,
+    /// How many wake-ups more nothing is learnt from.
+    shy: u32,
 }
 
 impl Patience {
     pub(super) fn new(policy: PollPolicy) -> Self {
-        Self { policy, window: Duration::ZERO, slept: None, kicked: None, quiet_rounds: 0 }
+        Self { policy, window: Duration::ZERO, slept: None, kicked: None, quiet_rounds: 0, shy: 0 }
     }
 
     /// Whether to stay awake after having had nothing to do for `idle`.
@@ -83,8 +93,18 @@ impl Patience {
         }
     }
 
+    /// The processor was offered, and somebody took it.
+    pub(super) fn in_the_way(&mut self) {
+        self.window = Duration::ZERO;
+        self.shy = SHY;
+    }
+
     /// `gap` went by between two requests, and the worker slept in it.
     fn learn(&mut self, gap: Duration) {
+        if let Some(left) = self.shy.checked_sub(1) {
+            self.shy = left;
+            return;
+        }
         self.window = if gap <= LONGEST {
             (gap * 2).clamp(SHORTEST, LONGEST)
         } else {
@@ -94,14 +114,15 @@ impl Patience {
     }
 }
 
-/// One turn of waiting, after `idle`.
+/// One turn of waiting at `now`, after `idle`. Says whether somebody else had the processor meanwhile.
 #[inline]
-pub(super) fn spin(idle: Duration) {
+pub(super) fn spin(now: Instant, idle: Duration) -> bool {
     if idle < SELFISH {
         std::hint::spin_loop();
-    } else {
-        std::thread::yield_now();
+        return false;
     }
+    std::thread::yield_now();
+    now.elapsed() > TAKEN
 }
 
 #[cfg(test)]
@@ -137,10 +158,25 @@ mod tests {
     }
 
     #[test]
+    fn it_does_not_stay_awake_where_it_was_in_the_way() {
+        let mut patience = Patience::new(PollPolicy::Adaptive);
+        patience.learn(LONGEST);
+        patience.in_the_way();
+        assert!(!patience.lasts(Duration::ZERO));
+        for _ in 0..SHY {
+            patience.learn(Duration::from_micros(30));
+            assert!(!patience.lasts(Duration::ZERO));
+        }
+        patience.learn(Duration::from_micros(30));
+        assert!(patience.lasts(Duration::from_micros(50)), "it tries again");
+    }
+
+    #[test]
     fn the_other_policies_learn_nothing() {
         let (mut always, mut never) = (Patience::new(PollPolicy::Always), Patience::new(PollPolicy::Never));
         always.learn(Duration::from_secs(1));
         never.learn(Duration::from_micros(1));
+        always.in_the_way();
         assert!(always.lasts(Duration::from_secs(60)));
         assert!(!never.lasts(Duration::ZERO));
     }
