@@ -66,6 +66,7 @@ impl BlockService {
                 in_order: features.in_order,
                 memory,
                 batch: Vec::with_capacity(BATCH),
+                limits: config.limits(),
                 config,
                 backend,
                 in_flight: InFlight::new(place.size.saturating_add(1)),
@@ -101,8 +102,10 @@ struct BlockQueue<Q: Virtqueue> {
     in_order: bool,
     memory: GuestMemory,
     /// Requests that were taken off the ring just now.
-    batch: Vec<(Popped, Box<Io>)>,
+    batch: Vec<Option<(Popped, Box<Io>)>>,
     config: Arc<SharedConfig>,
+    /// What requests are checked against: the driver's features do not change while there is a queue.
+    limits: Limits,
     backend: Box<dyn Backend>,
     in_flight: InFlight,
     /// Operations that the backend had no room for: the next to go.
@@ -153,14 +156,14 @@ impl<Q: Virtqueue<Memory: MappedQueue>> BlockQueue<Q> {
     /// Starts what was taken off the ring.
     #[inline(never)]
     fn start_batch(&mut self) {
-        let limits = self.config.limits();
-        let mut batch = mem::take(&mut self.batch);
-        for (popped, io) in batch.drain(..) {
+        self.limits.capacity = self.config.capacity();
+        for index in 0..self.batch.len() {
+            let Some((popped, io)) = self.batch.get_mut(index).and_then(Option::take) else { continue };
             if let Some(head) = popped.resolved() {
-                self.start(head, io, &limits);
+                self.start(head, io);
             }
         }
-        self.batch = batch;
+        self.batch.clear();
     }
 
     /// Takes some requests off the ring, `most` of them, and asks for the memory that will be looked at first: that of all
@@ -177,7 +180,7 @@ impl<Q: Virtqueue<Memory: MappedQueue>> BlockQueue<Q> {
             match queue.pop(&mut self.memory, &mut io.buffers) {
                 Ok(Some(popped)) => {
                     if let Some(io) = self.spare.pop() {
-                        self.batch.push((popped, io));
+                        self.batch.push(Some((popped, io)));
                     }
                 }
                 Ok(None) => break,
@@ -197,7 +200,7 @@ impl<Q: Virtqueue<Memory: MappedQueue>> BlockQueue<Q> {
     #[inline(never)]
     fn resolve_batch(&mut self) {
         let Ring::Mapped(queue) = &mut self.queue else { return };
-        for (popped, io) in &mut self.batch {
+        for (popped, io) in self.batch.iter_mut().flatten() {
             if let Err(error) = queue.resolve(popped, &mut self.memory, &mut io.buffers) {
                 self.fault(&error);
                 return;
@@ -207,8 +210,8 @@ impl<Q: Virtqueue<Memory: MappedQueue>> BlockQueue<Q> {
     }
 
     #[inline]
-    fn start(&mut self, head: Head, mut io: Box<Io>, limits: &Limits) {
-        match parse(&mut io.buffers, limits) {
+    fn start(&mut self, head: Head, mut io: Box<Io>) {
+        match parse(&mut io.buffers, &self.limits) {
             Ok(Request::Store { operation: Operation::Read { sector }, written }) => {
                 io.op = Op::Read { offset: sector * SECTOR };
                 self.submit(head, io, written);
@@ -244,7 +247,7 @@ impl<Q: Virtqueue<Memory: MappedQueue>> BlockQueue<Q> {
     }
 
     /// Hands an operation to the backend, or has it wait for room there, behind those that wait already.
-    #[inline]
+    #[inline(always)]
     fn submit(&mut self, head: Head, io: Box<Io>, written: u32) {
         self.in_flight.insert(io.token, Pending { head, written });
         if !self.stalled.is_empty() {
@@ -254,11 +257,26 @@ impl<Q: Virtqueue<Memory: MappedQueue>> BlockQueue<Q> {
         }
     }
 
-    #[inline(never)]
+    #[inline]
     fn give_back(&mut self) -> Round {
+        self.backend.reap(&mut self.completions);
+        let mut round = Round::Nothing;
+        if !self.completions.is_empty() {
+            round = Round::Progress;
+            self.complete_all();
+        }
+        if let Ring::Mapped(queue) = &mut self.queue
+            && queue.publish() == Signal::Needed
+        {
+            self.interrupt.signal();
+        }
+        round
+    }
+
+    /// Gives all that has completed back to the queue.
+    #[inline(never)]
+    fn complete_all(&mut self) {
         let mut completions = mem::take(&mut self.completions);
-        self.backend.reap(&mut completions);
-        let round = if completions.is_empty() { Round::Nothing } else { Round::Progress };
         for Completion { io, result } in completions.drain(..) {
             let Some(pending) = self.in_flight.remove(io.token) else { continue };
             let (status, written) = match result {
@@ -275,12 +293,6 @@ impl<Q: Virtqueue<Memory: MappedQueue>> BlockQueue<Q> {
             self.finish(pending.head, io, status, written);
         }
         self.completions = completions;
-        if let Ring::Mapped(queue) = &mut self.queue
-            && queue.publish() == Signal::Needed
-        {
-            self.interrupt.signal();
-        }
-        round
     }
 
     #[inline(always)]

@@ -7,7 +7,7 @@
 //!
 //! All this is for a processor that nobody else wants. Where the worker offers it and somebody takes it, a guest's own
 //! processor often, to sleep is better twice: the others get on, and who sleeps is woken when there is news, where who
-//! stayed awake would wait for its turn. A queue that has found that stays awake no more, for some wake-ups.
+//! stayed awake would wait for its turn. A queue that has found that hardly stays awake any more, for some wake-ups.
 //!
 //! A request has come when its kick was heard, not when the worker was awake at last: else the time that waking takes, which
 //! is what staying awake would have saved, would speak against staying awake.
@@ -25,7 +25,7 @@ const SHORTEST: Duration = Duration::from_micros(4);
 const SELFISH: Duration = Duration::from_micros(20);
 /// To offer the processor takes less than this if nobody takes it.
 const TAKEN: Duration = Duration::from_micros(10);
-/// Wake-ups for which a queue does not try again to stay awake.
+/// Wake-ups for which a queue then stays awake no longer than the shortest while.
 const SHY: u32 = 64;
 /// Rounds without work after which a queue is set aside while others have work.
 const QUIET_ROUNDS: u32 = 1000;
@@ -41,7 +41,7 @@ pub(super) struct Patience {
     /// When a kick came.
     kicked: Option<Instant>,
     quiet_rounds: u32,
-    /// How many wake-ups more nothing is learnt from.
+    /// For how many wake-ups more the shortest while is the longest.
     shy: u32,
 }
 
@@ -95,22 +95,22 @@ impl Patience {
 
     /// The processor was offered, and somebody took it.
     pub(super) fn in_the_way(&mut self) {
-        self.window = Duration::ZERO;
+        self.window = self.window.min(SHORTEST);
         self.shy = SHY;
     }
 
     /// `gap` went by between two requests, and the worker slept in it.
     fn learn(&mut self, gap: Duration) {
-        if let Some(left) = self.shy.checked_sub(1) {
-            self.shy = left;
-            return;
-        }
         self.window = if gap <= LONGEST {
             (gap * 2).clamp(SHORTEST, LONGEST)
         } else {
             // In vain: half of it, and nothing in place of next to nothing.
             Some(self.window / 2).filter(|window| *window >= SHORTEST).unwrap_or_default()
         };
+        if let Some(left) = self.shy.checked_sub(1) {
+            self.shy = left;
+            self.window = self.window.min(SHORTEST);
+        }
     }
 }
 
@@ -162,11 +162,11 @@ mod tests {
         let mut patience = Patience::new(PollPolicy::Adaptive);
         patience.learn(LONGEST);
         patience.in_the_way();
-        assert!(!patience.lasts(Duration::ZERO));
         for _ in 0..SHY {
+            assert!(!patience.lasts(SHORTEST));
             patience.learn(Duration::from_micros(30));
-            assert!(!patience.lasts(Duration::ZERO));
         }
+        assert!(!patience.lasts(SHORTEST));
         patience.learn(Duration::from_micros(30));
         assert!(patience.lasts(Duration::from_micros(50)), "it tries again");
     }

@@ -82,7 +82,6 @@ pub struct SharedConfig {
 
 impl SharedConfig {
     /// The bounds that a request must keep now.
-    #[inline]
     pub fn limits(&self) -> Limits {
         let features = self.features.load(Ordering::Relaxed);
         let negotiated = |feature, most| if features & bit(feature) != 0 { most } else { 0 };
@@ -97,6 +96,12 @@ impl SharedConfig {
             ),
             serial: config.serial,
         }
+    }
+
+    /// Sectors of the device now: the one of the limits that changes while a driver is at work.
+    #[inline]
+    pub fn capacity(&self) -> u64 {
+        self.capacity.load(Ordering::Relaxed)
     }
 
     /// Whether a write must be on stable storage when it completes (§5.2.6.2): in writethrough mode, which is also that of

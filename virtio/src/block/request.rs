@@ -111,14 +111,17 @@ pub enum RequestError {
 /// If there is no header or no place for a status.
 #[inline(always)]
 pub fn parse(buffers: &mut PinnedBuffers, limits: &Limits) -> Result<Request, RequestError> {
-    let [kind, sector] = buffers.take_header().ok_or(RequestError::NoHeader)?;
-    if !buffers.take_trailer() {
-        return Err(RequestError::NoStatus);
-    }
+    let frame = buffers.take_frame();
+    let [kind, sector] = match frame {
+        Some((header, _)) => header,
+        None => unframe(buffers)?,
+    };
     // The upper half is reserved.
     Ok(match kind as u32 {
         VIRTIO_BLK_T_IN => {
-            buffers.select_writable();
+            if !matches!(frame, Some((_, true))) {
+                buffers.select_writable();
+            }
             match buffers.len() {
                 // A read that fails has not written its buffers from the first byte on, so it has written nothing.
                 len if !fits(len, sector, limits) => Request::Done { status: Status::IoErr, written: 0 },
@@ -127,7 +130,9 @@ pub fn parse(buffers: &mut PinnedBuffers, limits: &Limits) -> Result<Request, Re
             }
         }
         VIRTIO_BLK_T_OUT if !limits.read_only => {
-            buffers.select_readable();
+            if !matches!(frame, Some((_, false))) {
+                buffers.select_readable();
+            }
             match buffers.len() {
                 len if !fits(len, sector, limits) => DONE(Status::IoErr),
                 0 => DONE(Status::Ok),
@@ -136,6 +141,12 @@ pub fn parse(buffers: &mut PinnedBuffers, limits: &Limits) -> Result<Request, Re
         }
         kind => parse_other(kind, buffers, limits),
     })
+}
+
+/// The header of a request that is made otherwise than of three pieces, with the place of its status set apart.
+fn unframe(buffers: &mut PinnedBuffers) -> Result<[u64; 2], RequestError> {
+    let header = buffers.take_header().ok_or(RequestError::NoHeader)?;
+    if buffers.take_trailer() { Ok(header) } else { Err(RequestError::NoStatus) }
 }
 
 const DONE: fn(Status) -> Request = |status| Request::Done { status, written: 1 };

@@ -106,6 +106,27 @@ impl PinnedBuffers {
         }
     }
 
+    /// [`take_header`](Self::take_header) and [`take_trailer`](Self::take_trailer) in one, for a request of three pieces of which
+    /// the outer ones are just these: nearly all are made so. The piece between is the data then, as it is when the writable
+    /// or the readable pieces are chosen, whichever it belongs to: says also whether it is writable. `None` if the pieces lie
+    /// otherwise; nothing has been read or taken then.
+    #[inline(always)]
+    pub(crate) fn take_frame(&mut self) -> Option<([u64; 2], bool)> {
+        let [first, data, last] = self.iovecs.as_mut_slice() else { return None };
+        let writable = self.readable == 1;
+        if first.iov_len != 16 || last.iov_len != 1 || !(writable || self.readable == 2) {
+            return None;
+        }
+        // SAFETY: the piece is mapped for reading, and has these bytes; any are a valid array.
+        let words = unsafe { first.iov_base.cast::<Unaligned>().read_volatile() };
+        first.iov_len = 0;
+        last.iov_len = 0;
+        self.trailer = NonNull::new(last.iov_base.cast());
+        self.data = 1..2;
+        self.len = data.iov_len as u64;
+        Some((words.0.map(u64::from_le), writable))
+    }
+
     /// Takes the first 16 readable bytes off, and returns a copy, read once, as the two little-endian words that they
     /// are; `None` if there are not so many.
     #[inline]

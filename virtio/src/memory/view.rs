@@ -99,20 +99,21 @@ pub(crate) struct Pinning<'a> {
 }
 
 impl Pinning<'_> {
-    /// Adds the range's bytes, in pieces where it crosses mappings; what is read must come before what is written.
+    /// Adds the range's bytes, to be written or to be read, in pieces where it crosses mappings; what is read must come before
+    /// what is written.
     ///
     /// # Errors
     /// If a byte is not mapped for this access; the buffers may then hold a part of the range.
     #[inline(always)]
-    pub(crate) fn add(&mut self, iova: u64, len: u32, write: bool) -> Result<(), Unmapped> {
-        match self.window.host(iova, write) {
+    pub(crate) fn add<const WRITE: bool>(&mut self, iova: u64, len: u32) -> Result<(), Unmapped> {
+        match self.window.host(iova, WRITE) {
             Some((host, left)) if u64::from(len) <= left => {
                 // SAFETY: `left >= len` bytes at `host` belong to the mapping in the window, which grants this access
                 // and is pinned: `pinning` did so, and `add_elsewhere` does when another takes its place.
-                unsafe { self.buffers.push(host, len as usize, write) };
+                unsafe { self.buffers.push(host, len as usize, WRITE) };
                 Ok(())
             }
-            _ => self.add_elsewhere(iova, len, write),
+            _ => self.add_elsewhere(iova, len, WRITE),
         }
     }
 

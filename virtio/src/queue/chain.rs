@@ -238,12 +238,14 @@ fn start_list<M: PackedRingMemory>(
 
 #[inline(always)]
 fn push(addr: u64, len: u32, flags: u16, pinning: &mut Pinning<'_>) -> Result<(), ChainError> {
-    let write = flags & WRITE != 0;
-    if !write && pinning.has_writable() {
+    if flags & WRITE != 0 {
+        if len > 0 {
+            pinning.add::<true>(addr, len)?;
+        }
+    } else if pinning.has_writable() {
         return Err(ChainError::ReadableAfterWritable);
-    }
-    if len > 0 {
-        pinning.add(addr, len, write)?;
+    } else if len > 0 {
+        pinning.add::<false>(addr, len)?;
     }
     Ok(())
 }
