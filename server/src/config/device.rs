@@ -486,6 +486,26 @@ mod tests {
         assert_eq!(polled, Ok(()));
         assert_eq!(check(|device| device.allow_uids = Some(vec![])), Err(InvalidDevice::NobodyAllowed));
         assert_eq!(check(|device| device.allow_uids = Some(vec![0])), Ok(()));
+        fn nbd(uri: &str, change: fn(&mut DeviceConfig)) -> Result<(), InvalidDevice> {
+            let mut device = DeviceConfig::new("blk.sock");
+            device.nbd_uri = Some(uri.parse().unwrap());
+            change(&mut device);
+            device.check()
+        }
+        assert_eq!(nbd("nbd://host", |_| {}), Ok(()));
+        assert_eq!(check(|device| device.store = Some(StoreKind::Nbd)), Err(InvalidDevice::NoNbdUri));
+        assert_eq!(nbd("nbd://host", |device| device.blk_file = Some("a".into())), Err(InvalidDevice::NbdUnused));
+        assert_eq!(nbd("nbd://host", |device| device.store = Some(StoreKind::Memory)), Err(InvalidDevice::NbdUnused));
+        assert_eq!(check(|device| device.nbd_deadline = Some(1)), Err(InvalidDevice::NbdUnused));
+        assert_eq!(nbd("nbd://host", |device| device.size = Some(Size(512))), Err(InvalidDevice::NbdSize));
+        assert_eq!(nbd("nbds://host", |_| {}), Err(InvalidDevice::NbdTls));
+        assert_eq!(nbd("nbds://host", |device| device.nbd_tls_dir = Some("a".into())), Ok(()));
+        assert_eq!(nbd("nbd://host", |device| device.nbd_tls_dir = Some("a".into())), Err(InvalidDevice::NbdTls));
+        assert_eq!(nbd("nbd://host", |device| device.cache = Some(Cache::Writethrough)), Ok(()));
+        assert_eq!(nbd("nbd://host", |device| device.cache = Some(Cache::None)), Err(InvalidDevice::CacheUnused));
+        let connections = nbd("nbd://host", |device| device.nbd_connections = Some(65));
+        assert_eq!(connections, Err(InvalidDevice::NbdConnections(65)));
+        assert_eq!(nbd("nbd://host", |device| device.nbd_deadline = Some(0)), Err(InvalidDevice::NbdDeadline(0)));
         assert_eq!(check(|device| device.num_queues = Some(64)), Ok(()));
         assert_eq!(check(|device| device.num_queues = Some(0)), Err(InvalidDevice::NumQueues(0)));
         assert_eq!(check(|device| device.num_queues = Some(65)), Err(InvalidDevice::NumQueues(65)));

@@ -137,7 +137,14 @@ impl Connection {
 
     /// Gives the connection up: what the kernel has of it comes back soon.
     fn lose(&mut self, loss: &Loss) {
-        let State::Up(up) = mem::replace(&mut self.state, State::Down) else { return };
+        let up = match mem::replace(&mut self.state, State::Down) {
+            State::Up(up) => up,
+            // Send and receive fail one after the other.
+            other => {
+                self.state = other;
+                return;
+            }
+        };
         log::warn!(
             "{}: the connection is lost: {loss}; {} requests have no answer",
             self.shared.uri(),

@@ -3,14 +3,12 @@
 use std::io;
 use std::path::PathBuf;
 
-use super::uri::NbdUri;
-
 /// An export that cannot be used.
 #[derive(Debug, thiserror::Error)]
 #[error("{uri}: {reason}")]
 pub struct NbdError {
-    pub(super) uri: NbdUri,
-    pub(super) reason: HandshakeError,
+    pub(super) uri: String,
+    pub(super) reason: Box<HandshakeError>,
 }
 
 /// Why there is no connection.

@@ -94,8 +94,8 @@ impl NbdStore {
     /// # Errors
     /// If the export cannot be used.
     pub fn open(options: NbdOptions) -> Result<Self, NbdError> {
-        let uri = options.uri.clone();
-        Self::connect(options).map_err(|reason| NbdError { uri, reason })
+        let uri = options.uri.to_string();
+        Self::connect(options).map_err(|reason| NbdError { uri, reason: Box::new(reason) })
     }
 
     fn connect(options: NbdOptions) -> Result<Self, HandshakeError> {

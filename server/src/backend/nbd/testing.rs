@@ -78,14 +78,14 @@ fn honest(asked: &Asked, conduct: &Conduct) -> Option<Vec<u8>> {
     let piece = (asked.data.len() / 3).next_multiple_of(512);
     for (index, data) in asked.data.chunks(piece).enumerate().rev() {
         let offset = (asked.offset + (index * piece) as u64).to_be_bytes();
-        let last = u16::from(index == 0 && asked.cookie % 2 == 0);
+        let last = u16::from(index == 0 && asked.cookie.is_multiple_of(2));
         bytes.extend(if data.iter().all(|byte| *byte == 0) {
             chunk(asked.cookie, last, 2, &[&offset[..], &(data.len() as u32).to_be_bytes()].concat())
         } else {
             chunk(asked.cookie, last, 1, &[&offset[..], data].concat())
         });
     }
-    if asked.cookie % 2 == 1 {
+    if !asked.cookie.is_multiple_of(2) {
         bytes.extend(chunk(asked.cookie, 1, 0, &[]));
     }
     Some(bytes)

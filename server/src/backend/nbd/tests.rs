@@ -69,6 +69,22 @@ fn connections_that_break_are_made_again_and_nobody_sees_it() {
     }
 }
 
+/// More than a socket holds: what is being sent fails besides what is being received.
+#[test]
+fn connections_that_break_in_the_middle_of_a_request_are_made_again() {
+    for structured in [true, false] {
+        let server = Server::new(Conduct { requests: 3, structured, ..Conduct::honest(MIB) });
+        let mut rig = Rig::new(&server.store());
+        for n in 0..16 {
+            let buffers = rig.guest.buffers(&[(n * 65536, 65536)]);
+            buffers.fill(n as u8 + 1);
+            rig.submit(Op::Write { offset: n * 65536, durable: false }, buffers).unwrap();
+        }
+        assert!(rig.finish().iter().all(|done| done.result.is_ok()));
+        assert!(server.stored().chunks(65536).enumerate().all(|(n, bytes)| bytes == [n as u8 + 1; 65536]));
+    }
+}
+
 #[test]
 fn a_server_that_is_started_anew_is_a_slow_disk() {
     let mut server = Server::new(Conduct::honest(MIB));
