@@ -395,6 +395,7 @@ impl<Q: Virtqueue<Memory: MappedQueue>> QueueTask for BlockQueue<Q> {
 
     fn stop(&mut self) {
         self.accepting = false;
+        self.backend.stop();
     }
 
     fn in_flight(&self) -> usize {

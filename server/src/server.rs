@@ -12,7 +12,7 @@ use virtio::transport::{Options, VirtioPci};
 use virtio_bindings::virtio_config::{VIRTIO_F_IN_ORDER, VIRTIO_F_IOMMU_PLATFORM, VIRTIO_F_RING_PACKED};
 
 use crate::backend::uring::{SqPoll, UringOptions};
-use crate::backend::{SECTOR, StoreInfo};
+use crate::backend::{SECTOR, Service, StoreInfo};
 use crate::block::BlockService;
 use crate::config::{Cache, DeviceConfig, Doorbell, InvalidDevice, InvalidServer, NumberList, ServerConfig, Size};
 use crate::device::Device;
@@ -31,6 +31,8 @@ const MAX_DISCARD_SECTORS: u32 = 1 << 21;
 const MAX_WRITE_ZEROES_SECTORS: u32 = 1 << 15;
 /// A session's stack: it recurses nowhere, and there may be a thousand.
 const SESSION_STACK: usize = 256 << 10;
+/// The stack of a store's own thread: cryptography takes some.
+const STORE_STACK: usize = 512 << 10;
 
 /// Why a server cannot start.
 #[derive(Debug, thiserror::Error)]
@@ -127,14 +129,17 @@ impl Server {
         outlive_lost_memory().map_err(OpenError::Threads)?;
         let stop = Arc::new(Stop::new().map_err(OpenError::Threads)?);
         // All or nothing: the sockets appear once every store is open.
-        let devices: Vec<_> = config.devices.iter().map(open_device).collect::<Result<_, _>>()?;
+        let mut devices: Vec<_> = config.devices.iter().map(open_device).collect::<Result<_, _>>()?;
         let listeners: Vec<_> = config.devices.iter().map(Listener::bind).collect::<Result<_, _>>()?;
         // From here on threads only serve what is open.
         let folders: Vec<_> = listeners.iter().filter_map(|listener| listener.path().parent()).collect();
-        let sandbox = Sandbox::new(config.sandbox.unwrap_or_default(), &folders)?;
+        let services: Vec<_> = devices.iter_mut().filter_map(|(.., service)| service.take()).collect();
+        let ports: Vec<_> = services.iter().flat_map(|service| service.ports.iter().copied()).collect();
+        let sandbox = Sandbox::new(config.sandbox.unwrap_or_default(), &folders, &ports)?;
+        services.into_iter().try_for_each(|service| start_service(service, &sandbox)).map_err(OpenError::Threads)?;
         let pool = Arc::new(Pool::new(worker_plans(config), &sandbox)?);
         let mut server = Self { sessions: Vec::new(), stop: Arc::clone(&stop), sandbox: sandbox.clone() };
-        for ((device, description), listener) in devices.into_iter().zip(listeners) {
+        for ((device, description, _), listener) in devices.into_iter().zip(listeners) {
             let socket_path = listener.path().to_owned();
             let session = Session::new(device, listener, Arc::clone(&pool), Arc::clone(&stop));
             let sandbox = sandbox.clone();
@@ -195,14 +200,33 @@ fn worker_plans(config: &ServerConfig) -> impl Iterator<Item = WorkerPlan> {
     })
 }
 
-fn open_device(config: &DeviceConfig) -> Result<(Device, String), OpenError> {
+/// Has a thread do what a store needs one for, in the sandbox; it ends by itself when the store is gone.
+fn start_service(service: Service, sandbox: &Sandbox) -> io::Result<()> {
+    let sandbox = sandbox.clone();
+    let run = move || {
+        sandbox.enter_as(ThreadKind::Store);
+        (service.run)();
+    };
+    thread::Builder::new().name("store".into()).stack_size(STORE_STACK).spawn(run).map(drop)
+}
+
+fn open_device(config: &DeviceConfig) -> Result<(Device, String, Option<Service>), OpenError> {
     let socket_path = || config.socket_path.clone();
     let invalid = |source| OpenError::Invalid { socket_path: socket_path(), source };
     config.check().map_err(invalid)?;
     let limits = config.limits().map_err(invalid)?;
     let store = store::open(config)?;
     let info = store.info();
-    let block = BlockDevice::new(block_config(config, &info));
+    let store_service = store.service();
+    let queues = config.num_queues().min(store.max_queues());
+    if queues < config.num_queues() {
+        log::info!(
+            "{}: {queues} of {} queues, which is what its store allows",
+            config.socket_path.display(),
+            config.num_queues()
+        );
+    }
+    let block = BlockDevice::new(BlockConfig { num_queues: queues, ..block_config(config, &info) });
     let mut options = Options::for_device(&block);
     options.features |= 1 << VIRTIO_F_IOMMU_PLATFORM;
     options.features |= u64::from(config.packed()) << VIRTIO_F_RING_PACKED;
@@ -212,7 +236,7 @@ fn open_device(config: &DeviceConfig) -> Result<(Device, String), OpenError> {
     let function = VirtioPci::new(Box::new(block), &options)
         .map_err(|source| OpenError::Function { socket_path: socket_path(), source })?;
     log::debug!("{}: {info:?}, features {features:#x}", config.socket_path.display());
-    let (queues, size) = (config.num_queues(), Size(info.capacity));
+    let size = Size(info.capacity);
     let kind = store::describe(config);
     let read_only = if info.read_only { ", read-only" } else { "" };
     let plural = if queues == 1 { "" } else { "s" };
@@ -223,7 +247,7 @@ fn open_device(config: &DeviceConfig) -> Result<(Device, String), OpenError> {
     };
     let service = Box::new(service);
     let (poll, queue_workers) = (config.poll(), config.queue_workers.clone());
-    Ok((Device { function, service, poll, queue_workers, doorbell_page, limits }, description))
+    Ok((Device { function, service, poll, queue_workers, doorbell_page, limits }, description, store_service))
 }
 
 /// What the guest is told of a store.

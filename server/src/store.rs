@@ -3,13 +3,15 @@
 use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 
 use crate::backend::Store;
 use crate::backend::file::{self, FileOptions, FileStore};
 use crate::backend::memory::MemoryStore;
+use crate::backend::nbd::{NbdError, NbdOptions, NbdStore};
 use crate::backend::null::NullStore;
 use crate::backend::uring::{Uring, UringError, Waker};
-use crate::config::{Cache, DeviceConfig, Size, StoreKind};
+use crate::config::{Cache, DeviceConfig, InvalidDevice, Size, StoreKind};
 
 /// Why a store cannot be opened.
 #[derive(Debug, thiserror::Error)]
@@ -39,6 +41,20 @@ pub enum StoreError {
     /// Descriptors.
     #[error("cannot have an eventfd: {0}")]
     Descriptor(#[source] io::Error),
+    /// The export of an NBD server.
+    #[error(transparent)]
+    Nbd(#[from] NbdError),
+    /// An NBD store without an export.
+    #[error(transparent)]
+    NoUri(#[from] InvalidDevice),
+    /// An NBD store without io_uring.
+    #[error("{uri}: {source}")]
+    NbdUring {
+        /// The export.
+        uri: String,
+        /// What is missing, and how to have it.
+        source: UringError,
+    },
 }
 
 /// Opens it.
@@ -67,8 +83,23 @@ pub(crate) fn open(config: &DeviceConfig) -> Result<Arc<dyn Store>, StoreError> 
                 iopoll: config.iopoll,
             })?)
         }
+        (StoreKind::Nbd, _) => open_nbd(config)?,
         _ => Arc::new(MemoryStore::new(size).map_err(disk)?),
     })
+}
+
+fn open_nbd(config: &DeviceConfig) -> Result<Arc<dyn Store>, StoreError> {
+    let uri = config.nbd_uri.as_ref().ok_or(InvalidDevice::NoNbdUri)?;
+    let no_ring = |source| StoreError::NbdUring { uri: uri.to_string(), source };
+    Uring::new(&Waker::new().map_err(StoreError::Descriptor)?).map_err(no_ring)?;
+    Ok(Arc::new(NbdStore::open(NbdOptions {
+        uri: uri.clone(),
+        read_only: config.read_only,
+        connections: config.nbd_connections(),
+        deadline: Duration::from_secs(config.nbd_deadline().into()),
+        tls_dir: config.nbd_tls_dir.clone(),
+        tls_hostname: config.nbd_tls_hostname.clone(),
+    })?))
 }
 
 /// What it is, in a few words.
@@ -76,6 +107,7 @@ pub(crate) fn describe(config: &DeviceConfig) -> String {
     match (config.store_kind(), &config.blk_file) {
         (StoreKind::Null, _) => "null".to_owned(),
         (StoreKind::File, Some(path)) => path.display().to_string(),
+        (StoreKind::Nbd, _) => config.nbd_uri.as_ref().map(ToString::to_string).unwrap_or_default(),
         _ => "memory".to_owned(),
     }
 }

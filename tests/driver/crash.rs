@@ -46,25 +46,25 @@ fn slots(batch: u64) -> BTreeSet<usize> {
 }
 
 /// What the disk may hold.
-struct Journal {
+pub(crate) struct Journal {
     /// The batch that wrote each slot last, and was acknowledged.
     acknowledged: Vec<u64>,
     /// The last batch that may have been written in part.
-    last: u64,
+    pub(crate) last: u64,
 }
 
 impl Journal {
-    fn new() -> Journal {
+    pub(crate) fn new() -> Journal {
         Journal { acknowledged: vec![0; SLOTS], last: 0 }
     }
 
-    fn acknowledge(&mut self, batch: u64) {
+    pub(crate) fn acknowledge(&mut self, batch: u64) {
         slots(batch).into_iter().for_each(|slot| self.acknowledged[slot] = batch);
         self.last = self.last.max(batch);
     }
 
     /// Holds the file against it, and takes what it finds for what is there from now on.
-    fn check(&mut self, image: &Path) {
+    pub(crate) fn check(&mut self, image: &Path) {
         let file = File::open(image).unwrap();
         assert_eq!(file.metadata().unwrap().len(), DISK);
         let mut bytes = vec![0; SLOT];
@@ -84,13 +84,13 @@ impl Journal {
 }
 
 /// A driver of one queue with a buffer for a batch.
-struct Writer {
+pub(crate) struct Writer {
     machine: Machine,
     buffer: Buffer,
 }
 
 impl Writer {
-    fn new(client: Arc<Client>) -> Writer {
+    pub(crate) fn new(client: Arc<Client>) -> Writer {
         let options = BlockOptions { queues: 1, queue_size: 64, bounce_size: SLOT, ..BlockOptions::default() };
         let machine = Machine::with_memory(client, GuestMemory::new(4 << 20, IOVA).unwrap(), &options);
         let buffer = machine.memory.allocate(BATCH * SLOT, 4096).unwrap();
@@ -99,7 +99,7 @@ impl Writer {
 
     /// Writes a batch, then flushes; calls `answered` with each answer. Says whether all were answered: not if the server is
     /// `dead` meanwhile.
-    fn write(&mut self, batch: u64, dead: &AtomicBool, mut answered: impl FnMut()) -> bool {
+    pub(crate) fn write(&mut self, batch: u64, dead: &AtomicBool, mut answered: impl FnMut()) -> bool {
         let queue = &mut self.machine.queues[0];
         let slots = slots(batch);
         for (place, slot) in slots.iter().enumerate() {

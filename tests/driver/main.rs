@@ -15,6 +15,7 @@ mod hostile;
 mod interrupts;
 mod io;
 mod live;
+mod nbd;
 mod notifications;
 mod pci;
 mod peer;

@@ -1,5 +1,6 @@
 //! Programs that measure, or that are measured beside the server: the machine's own, or Debian's.
 
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context, Result};
@@ -18,6 +19,12 @@ pub enum Tool {
     Fio,
     /// qemu-storage-daemon, which exports disks by vhost-user.
     QemuStorageDaemon,
+    /// qemu-nbd, which exports images by NBD.
+    QemuNbd,
+    /// nbdkit, which exports anything by NBD; its plugins and filters are [`files`](Tool::file).
+    Nbdkit,
+    /// nbd-server, the oldest of them.
+    NbdServer,
 }
 
 impl Tool {
@@ -30,22 +37,39 @@ impl Tool {
         if output(Command::new(name).arg("--version")).is_ok() {
             return Ok(Command::new(name));
         }
-        let (packages, program) = self.package();
+        let (tree, program) = (self.tree(progress)?, self.package().1);
+        let mut command = tree.command(program);
+        match self {
+            // The launcher starts its tools from there.
+            Self::Valgrind => command.env("VALGRIND_LIB", tree.path("usr/libexec/valgrind")),
+            Self::QemuStorageDaemon | Self::QemuNbd => {
+                command.env("QEMU_MODULE_DIR", tree.path("usr/lib/x86_64-linux-gnu/qemu"))
+            }
+            Self::Fio | Self::Nbdkit | Self::NbdServer => &mut command,
+        };
+        Ok(command)
+    }
+
+    /// A file of its package, by its path from the root: the machine's own if the program is.
+    ///
+    /// # Errors
+    /// As [`command`](Self::command).
+    pub fn file(self, path: &str, progress: &Progress) -> Result<PathBuf> {
+        if output(Command::new(self.name()).arg("--version")).is_ok() {
+            return Ok(Path::new("/").join(path));
+        }
+        Ok(self.tree(progress)?.path(path))
+    }
+
+    fn tree(self, progress: &Progress) -> Result<Tree> {
+        let (name, packages) = (self.name(), self.package().0);
         let cache = Cache::open()?;
         let entry = cache
             .entry(name, &packages.manifest(), progress, |folder, downloads| {
                 packages.install(folder, downloads, progress).map(drop)
             })
             .with_context(|| format!("{name} is not installed, and cannot be fetched from Debian"))?;
-        let tree = Tree::new(&entry);
-        let mut command = tree.command(program);
-        match self {
-            // The launcher starts its tools from there.
-            Self::Valgrind => command.env("VALGRIND_LIB", tree.path("usr/libexec/valgrind")),
-            Self::QemuStorageDaemon => command.env("QEMU_MODULE_DIR", tree.path("usr/lib/x86_64-linux-gnu/qemu")),
-            Self::Fio => &mut command,
-        };
-        Ok(command)
+        Ok(Tree::new(&entry))
     }
 
     /// Its first line of `--version`.
@@ -62,6 +86,9 @@ impl Tool {
             Self::Valgrind => "valgrind",
             Self::Fio => "fio",
             Self::QemuStorageDaemon => "qemu-storage-daemon",
+            Self::QemuNbd => "qemu-nbd",
+            Self::Nbdkit => "nbdkit",
+            Self::NbdServer => "nbd-server",
         }
     }
 
@@ -71,6 +98,9 @@ impl Tool {
             Self::Valgrind => (&["valgrind"], Suite::Trixie, "usr/bin/valgrind.bin"),
             Self::Fio => (&["fio"], Suite::Trixie, "usr/bin/fio"),
             Self::QemuStorageDaemon => (&["qemu-utils"], Suite::TrixieBackports, "usr/bin/qemu-storage-daemon"),
+            Self::QemuNbd => (&["qemu-utils"], Suite::TrixieBackports, "usr/bin/qemu-nbd"),
+            Self::Nbdkit => (&["nbdkit"], Suite::Trixie, "usr/bin/nbdkit"),
+            Self::NbdServer => (&["nbd-server"], Suite::Trixie, "usr/bin/nbd-server"),
         };
         (Packages { names, suite, architecture: Architecture::Amd64 }, program)
     }

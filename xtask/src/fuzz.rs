@@ -48,11 +48,12 @@ struct Target {
     arguments: &'static [&'static str],
 }
 
-const TARGETS: [Target; 5] = [
+const TARGETS: [Target; 6] = [
     Target { name: "codec", arguments: &["-max_len=1024"] },
     Target { name: "config", arguments: &["-max_len=1024", "-dict=tests/fuzz/config.dict"] },
     Target { name: "request", arguments: &["-max_len=128"] },
     Target { name: "chain", arguments: &["-max_len=512"] },
+    Target { name: "nbd", arguments: &["-max_len=512"] },
     // The server's threads keep what they have: what looks like a leak to the sanitizer is none. The target counts itself.
     Target { name: "session", arguments: &["-max_len=400", "-detect_leaks=0"] },
 ];

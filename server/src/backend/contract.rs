@@ -19,6 +19,8 @@ use virtio::memory::{Access, GuestMemory, Mapping, MemoryFile, PinnedBuffers, Re
 
 use super::file::{Cache, FileOptions, FileStore};
 use super::memory::MemoryStore;
+use super::nbd::NbdStore;
+use super::nbd::testing::{Conduct, Server};
 use super::null::NullStore;
 use super::uring::{SqPoll, Uring, UringOptions, Waker};
 use super::{Backend, Completion, Full, Io, Op, Store};
@@ -154,7 +156,7 @@ impl Rig {
     }
 
     /// What has completed, checked against what was submitted.
-    fn reap(&mut self) -> Vec<Completion> {
+    pub(super) fn reap(&mut self) -> Vec<Completion> {
         let mut done = Vec::new();
         self.backend.reap(&mut done);
         for Completion { io, .. } in &done {
@@ -200,13 +202,13 @@ impl Rig {
         self.in_flight.clear();
     }
 
-    fn write(&mut self, offset: u64, data: &[u8], durable: bool) {
+    pub(super) fn write(&mut self, offset: u64, data: &[u8], durable: bool) {
         let buffers = self.guest.buffers(&[(0, data.len() as u64)]);
         buffers.copy_from_slice(0, data);
         self.one(Op::Write { offset, durable }, buffers).result.unwrap();
     }
 
-    fn read(&mut self, offset: u64, len: u64) -> Vec<u8> {
+    pub(super) fn read(&mut self, offset: u64, len: u64) -> Vec<u8> {
         // Not where `write` puts its data, which would make a read that does nothing look good.
         let at = Guest::LEN / 2;
         let buffers = self.guest.buffers(&[(at, len)]);
@@ -743,6 +745,42 @@ impl<const DIRECT: bool, W: Way> IsStable for StoredFile<DIRECT, W> {
     }
 }
 
+/// An export of an NBD server, which answers with structured replies or simple ones, and takes little or much at once.
+struct Exported<const STRUCTURED: bool> {
+    store: NbdStore,
+    server: Server,
+}
+
+impl<const STRUCTURED: bool> Fixture for Exported<STRUCTURED> {
+    fn new(capacity: u64) -> Self {
+        let honest = Conduct::honest(capacity);
+        let server = Server::new(if STRUCTURED {
+            honest
+        } else {
+            // Neither durable writes nor zeroes, and no more than 64 KiB at once.
+            let flags = honest.flags & !(1 << 3 | 1 << 6);
+            Conduct { structured: false, flags, block_sizes: Some([1, 512, 65536]), ..honest }
+        });
+        Self { store: server.store(), server }
+    }
+
+    fn store(&self) -> &dyn Store {
+        &self.store
+    }
+
+    fn ring(waker: &Waker) -> Uring {
+        Uring::new(waker).unwrap()
+    }
+}
+
+impl<const STRUCTURED: bool> KeepsBlocks for Exported<STRUCTURED> {}
+
+impl<const STRUCTURED: bool> IsStable for Exported<STRUCTURED> {
+    fn stored(&self) -> Vec<u8> {
+        self.server.stored()
+    }
+}
+
 contract! {
     memory: MemoryStore, operations blocks;
     null: NullStore, operations;
@@ -751,4 +789,6 @@ contract! {
     file_sqpoll: StoredFile<true, Submitted>, operations blocks stable;
     file_buffered: StoredFile<false>, operations blocks stable;
     file_buffered_sqpoll: StoredFile<false, Submitted>, operations blocks stable;
+    nbd_structured: Exported<true>, operations blocks stable;
+    nbd_simple: Exported<false>, operations blocks stable;
 }

@@ -27,6 +27,7 @@ pub(crate) mod contract;
 pub mod file;
 mod immediate;
 pub mod memory;
+pub mod nbd;
 pub mod null;
 pub mod uring;
 
@@ -138,6 +139,24 @@ pub trait Store: Send + Sync {
     /// # Errors
     /// If the storage fails.
     fn flush(&self) -> io::Result<()>;
+
+    /// Queues that may be attached at the same time, at least 1.
+    fn max_queues(&self) -> u16 {
+        u16::MAX
+    }
+
+    /// What it needs a thread of its own for, once: whoever opened the store starts it before queues are attached.
+    fn service(&self) -> Option<Service> {
+        None
+    }
+}
+
+/// Work of a store's that is not done on its users' threads.
+pub struct Service {
+    /// TCP ports that it connects to.
+    pub ports: Vec<u16>,
+    /// Returns when the store and all that was attached to it are gone.
+    pub run: Box<dyn FnOnce() + Send>,
 }
 
 /// One queue's access to a store; see the [contract](self).
@@ -153,4 +172,8 @@ pub trait Backend {
 
     /// Operations that were taken and not yet given back.
     fn in_flight(&self) -> usize;
+
+    /// Somebody waits for the end of what is in flight: what does not depend on the kernel alone, as on a server that does not
+    /// answer, may fail soon.
+    fn stop(&mut self) {}
 }

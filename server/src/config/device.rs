@@ -5,6 +5,8 @@ use std::path::PathBuf;
 use clap::ValueEnum;
 use serde::Deserialize;
 
+use crate::backend::nbd::NbdUri;
+
 use super::{ClientLimits, NumberList, Size, SocketMode};
 
 /// The size of a disk that has neither a file nor a size.
@@ -35,7 +37,7 @@ pub struct DeviceConfig {
     #[arg(long = "allow-uid", value_name = "UID")]
     pub allow_uids: Option<Vec<u32>>,
 
-    /// Where the blocks live [default: file if --blk-file is given, memory otherwise]
+    /// Where the blocks live [default: file if --blk-file is given, nbd if --nbd-uri is, memory otherwise]
     #[arg(long, value_enum)]
     pub store: Option<StoreKind>,
 
@@ -120,6 +122,27 @@ pub struct DeviceConfig {
     #[arg(long)]
     #[serde(default)]
     pub any_memory_file: bool,
+
+    /// Export of the nbd store: nbd://HOST[:PORT]/EXPORT, or nbd+unix:///EXPORT?socket=PATH; with nbds in place of nbd for TLS
+    #[arg(long, value_name = "URI")]
+    pub nbd_uri: Option<NbdUri>,
+
+    /// Connections to the NBD server at most, 1 to 64; each queue has one, and there are no more queues than that
+    /// [default: 64, or 1 if the server does not allow several]
+    #[arg(long, value_name = "N")]
+    pub nbd_connections: Option<u16>,
+
+    /// Seconds that requests wait for an NBD server that is gone or silent before they fail, 1 to 86400 [default: 60]
+    #[arg(long, value_name = "SECONDS")]
+    pub nbd_deadline: Option<u32>,
+
+    /// Folder with ca-cert.pem and, if the server wants to know its clients, client-cert.pem and client-key.pem
+    #[arg(long, value_name = "FOLDER")]
+    pub nbd_tls_dir: Option<PathBuf>,
+
+    /// Name in the NBD server's certificate [default: the URI's host, or localhost for a UNIX socket]
+    #[arg(long, value_name = "NAME")]
+    pub nbd_tls_hostname: Option<String>,
 }
 
 /// Where the blocks live.
@@ -132,6 +155,8 @@ pub enum StoreKind {
     Memory,
     /// Discards writes and leaves the buffers of reads as they are: measures everything but the storage
     Null,
+    /// An export of an NBD server
+    Nbd,
 }
 
 /// How a file is cached.
@@ -182,7 +207,7 @@ pub enum InvalidDevice {
     #[error("blk_file is for store = \"file\" only; leave it out, or leave store out")]
     FileUnused,
     /// A cache for a store that has none.
-    #[error("cache is for store = \"file\" only; leave it out")]
+    #[error("cache is for store = \"file\" only, and writeback or writethrough for store = \"nbd\"; leave it out")]
     CacheUnused,
     /// Pinned memory for a store that has no use for it.
     #[error("fixed_buffers is for store = \"file\" with cache = \"none\" only; leave it out")]
@@ -214,6 +239,26 @@ pub enum InvalidDevice {
     /// The size.
     #[error("size is {0}; it must be a multiple of 512 bytes, and more than 0")]
     Size(Size),
+    /// The NBD store without an export.
+    #[error("store = \"nbd\" needs nbd_uri, the export to serve")]
+    NoNbdUri,
+    /// What only an NBD store has.
+    #[error(
+        "nbd_uri, nbd_connections, nbd_deadline and nbd_tls_* are for store = \"nbd\" only; leave them out, or leave store out"
+    )]
+    NbdUnused,
+    /// What only TLS has.
+    #[error("nbd_tls_dir and nbd_tls_hostname are for nbds:// and nbds+unix:// only, which need nbd_tls_dir")]
+    NbdTls,
+    /// Connections.
+    #[error("nbd_connections is {0}; it must be from 1 to 64")]
+    NbdConnections(u16),
+    /// Deadline.
+    #[error("nbd_deadline is {0}; it must be from 1 to 86400 seconds")]
+    NbdDeadline(u32),
+    /// A size for a store that has its own.
+    #[error("an NBD export has its own size; leave size out")]
+    NbdSize,
 }
 
 impl DeviceConfig {
@@ -244,6 +289,11 @@ impl DeviceConfig {
             max_fds: None,
             max_data_xfer_size: None,
             any_memory_file: false,
+            nbd_uri: None,
+            nbd_connections: None,
+            nbd_deadline: None,
+            nbd_tls_dir: None,
+            nbd_tls_hostname: None,
         }
     }
 
@@ -259,9 +309,11 @@ impl DeviceConfig {
         if !file && self.blk_file.is_some() {
             return Err(InvalidDevice::FileUnused);
         }
-        if !file && self.cache.is_some() {
+        let nbd = self.store_kind() == StoreKind::Nbd;
+        if !file && self.cache.is_some_and(|cache| !nbd || cache == Cache::None) {
             return Err(InvalidDevice::CacheUnused);
         }
+        self.check_nbd(nbd)?;
         if self.fixed_buffers && !(file && self.cache() == Cache::None) {
             return Err(InvalidDevice::FixedBuffersUnused);
         }
@@ -292,6 +344,31 @@ impl DeviceConfig {
         }
     }
 
+    fn check_nbd(&self, nbd: bool) -> Result<(), InvalidDevice> {
+        let numbers = self.nbd_connections.is_some() || self.nbd_deadline.is_some();
+        let tls = self.nbd_tls_dir.is_some() || self.nbd_tls_hostname.is_some();
+        let Some(uri) = self.nbd_uri.as_ref().filter(|_| nbd) else {
+            return match nbd {
+                true => Err(InvalidDevice::NoNbdUri),
+                false if self.nbd_uri.is_some() || numbers || tls => Err(InvalidDevice::NbdUnused),
+                false => Ok(()),
+            };
+        };
+        if self.size.is_some() {
+            return Err(InvalidDevice::NbdSize);
+        }
+        if if uri.is_tls() { self.nbd_tls_dir.is_none() } else { tls } {
+            return Err(InvalidDevice::NbdTls);
+        }
+        if !(1..=64).contains(&self.nbd_connections()) {
+            return Err(InvalidDevice::NbdConnections(self.nbd_connections()));
+        }
+        if !(1..=86400).contains(&self.nbd_deadline()) {
+            return Err(InvalidDevice::NbdDeadline(self.nbd_deadline()));
+        }
+        Ok(())
+    }
+
     /// The permissions of its socket, if they are not the umask's business.
     pub fn socket_mode(&self) -> Option<SocketMode> {
         self.socket_mode.or(self.socket_group.as_ref().map(|_| SocketMode::GROUP))
@@ -307,7 +384,11 @@ impl DeviceConfig {
 
     /// The store that was named, or that follows from the rest.
     pub fn store_kind(&self) -> StoreKind {
-        self.store.unwrap_or(if self.blk_file.is_some() { StoreKind::File } else { StoreKind::Memory })
+        self.store.unwrap_or(match (&self.blk_file, &self.nbd_uri) {
+            (Some(_), _) => StoreKind::File,
+            (None, Some(_)) => StoreKind::Nbd,
+            (None, None) => StoreKind::Memory,
+        })
     }
 
     /// Bytes of a disk that has no file.
@@ -343,6 +424,16 @@ impl DeviceConfig {
     /// Whether completion in order is offered.
     pub fn in_order(&self) -> bool {
         self.in_order.unwrap_or(false)
+    }
+
+    /// Connections to an NBD server, at most.
+    pub fn nbd_connections(&self) -> u16 {
+        self.nbd_connections.unwrap_or(64)
+    }
+
+    /// Seconds that requests wait for an NBD server.
+    pub fn nbd_deadline(&self) -> u32 {
+        self.nbd_deadline.unwrap_or(60)
     }
 
     /// How a file is cached.
@@ -395,6 +486,26 @@ mod tests {
         assert_eq!(polled, Ok(()));
         assert_eq!(check(|device| device.allow_uids = Some(vec![])), Err(InvalidDevice::NobodyAllowed));
         assert_eq!(check(|device| device.allow_uids = Some(vec![0])), Ok(()));
+        fn nbd(uri: &str, change: fn(&mut DeviceConfig)) -> Result<(), InvalidDevice> {
+            let mut device = DeviceConfig::new("blk.sock");
+            device.nbd_uri = Some(uri.parse().unwrap());
+            change(&mut device);
+            device.check()
+        }
+        assert_eq!(nbd("nbd://host", |_| {}), Ok(()));
+        assert_eq!(check(|device| device.store = Some(StoreKind::Nbd)), Err(InvalidDevice::NoNbdUri));
+        assert_eq!(nbd("nbd://host", |device| device.blk_file = Some("a".into())), Err(InvalidDevice::NbdUnused));
+        assert_eq!(nbd("nbd://host", |device| device.store = Some(StoreKind::Memory)), Err(InvalidDevice::NbdUnused));
+        assert_eq!(check(|device| device.nbd_deadline = Some(1)), Err(InvalidDevice::NbdUnused));
+        assert_eq!(nbd("nbd://host", |device| device.size = Some(Size(512))), Err(InvalidDevice::NbdSize));
+        assert_eq!(nbd("nbds://host", |_| {}), Err(InvalidDevice::NbdTls));
+        assert_eq!(nbd("nbds://host", |device| device.nbd_tls_dir = Some("a".into())), Ok(()));
+        assert_eq!(nbd("nbd://host", |device| device.nbd_tls_dir = Some("a".into())), Err(InvalidDevice::NbdTls));
+        assert_eq!(nbd("nbd://host", |device| device.cache = Some(Cache::Writethrough)), Ok(()));
+        assert_eq!(nbd("nbd://host", |device| device.cache = Some(Cache::None)), Err(InvalidDevice::CacheUnused));
+        let connections = nbd("nbd://host", |device| device.nbd_connections = Some(65));
+        assert_eq!(connections, Err(InvalidDevice::NbdConnections(65)));
+        assert_eq!(nbd("nbd://host", |device| device.nbd_deadline = Some(0)), Err(InvalidDevice::NbdDeadline(0)));
         assert_eq!(check(|device| device.num_queues = Some(64)), Ok(()));
         assert_eq!(check(|device| device.num_queues = Some(0)), Err(InvalidDevice::NumQueues(0)));
         assert_eq!(check(|device| device.num_queues = Some(65)), Err(InvalidDevice::NumQueues(65)));

@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use landlock::{
-    ABI, Access, AccessFs, AccessNet, CompatLevel, Compatible, LandlockStatus, PathBeneath, PathFd, Ruleset,
+    ABI, Access, AccessFs, AccessNet, CompatLevel, Compatible, LandlockStatus, NetPort, PathBeneath, PathFd, Ruleset,
     RulesetAttr, RulesetCreated, RulesetCreatedAttr, RulesetStatus, Scope,
 };
 
@@ -19,8 +19,8 @@ const NEWEST: ABI = ABI::V7;
 pub(super) struct Files(RulesetCreated);
 
 impl Files {
-    /// Nothing, but that names can be removed from `folders`.
-    pub(super) fn new(folders: &[&Path]) -> Result<Self, SandboxError> {
+    /// Nothing, but that names can be removed from `folders`, and TCP ports connected to.
+    pub(super) fn new(folders: &[&Path], ports: &[u16]) -> Result<Self, SandboxError> {
         let refused = SandboxError::of("landlock");
         let all = Ruleset::default()
             .set_compatibility(CompatLevel::BestEffort)
@@ -32,7 +32,8 @@ impl Files {
         let open = |folder: &&Path| PathFd::new(folder).map_err(SandboxError::of("landlock"));
         let folders = folders.iter().map(open).collect::<Result<Vec<_>, _>>()?;
         let rules = folders.into_iter().map(|folder| Ok(PathBeneath::new(folder, AccessFs::RemoveFile)));
-        Ok(Self(all.add_rules(rules).map_err(&refused)?))
+        let ports = ports.iter().map(|port| Ok(NetPort::new(*port, AccessNet::ConnectTcp)));
+        Ok(Self(all.add_rules(rules).and_then(|all| all.add_rules(ports)).map_err(&refused)?))
     }
 
     /// Has the calling thread keep to it; the version of landlock that it is kept by, or `None` if the kernel has none.

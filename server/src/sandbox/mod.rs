@@ -36,10 +36,12 @@ pub(crate) enum ThreadKind {
     Session,
     /// Serves queues, see [`worker`](crate::worker).
     Worker,
+    /// Does what a store needs a thread of its own for: it connects to servers.
+    Store,
 }
 
 impl ThreadKind {
-    const ALL: [Self; 3] = [Self::Main, Self::Session, Self::Worker];
+    const ALL: [Self; 4] = [Self::Main, Self::Session, Self::Worker, Self::Store];
 }
 
 /// A part of the sandbox that the kernel has and that cannot be set up all the same.
@@ -64,21 +66,24 @@ pub struct Sandbox(Option<Arc<Parts>>);
 #[derive(Debug)]
 struct Parts {
     files: Files,
+    /// The same for threads that connect to servers.
+    connecting: Files,
     /// `None` if the kernel has no seccomp.
     filters: Option<Filters>,
 }
 
 impl Sandbox {
-    /// A sandbox in which names can be removed from `folders`; says in the log what the kernel has of it.
+    /// A sandbox in which names can be removed from `folders`, and stores' threads connect to TCP `ports`; says in the log what the kernel has of it.
     ///
     /// # Errors
     /// If a thread that tries it cannot enter.
-    pub(crate) fn new(mode: SandboxMode, folders: &[&Path]) -> Result<Self, SandboxError> {
+    pub(crate) fn new(mode: SandboxMode, folders: &[&Path], ports: &[u16]) -> Result<Self, SandboxError> {
         if mode == SandboxMode::Off {
             log::info!("sandbox: off");
             return Ok(Self(None));
         }
-        let mut parts = Parts { files: Files::new(folders)?, filters: Filters::new()? };
+        let mut parts =
+            Parts { files: Files::new(folders, &[])?, connecting: Files::new(&[], ports)?, filters: Filters::new()? };
         // What a kernel has, what it was booted with, and what a container lets through of it: it is learnt by trying.
         if !parts.tried(|parts| parts.filter(ThreadKind::Main))? {
             parts.filters = None;
@@ -131,7 +136,8 @@ impl Parts {
     }
 
     fn enter(&self, kind: ThreadKind) -> Result<(), SandboxError> {
-        self.files.restrict()?;
+        let files = if kind == ThreadKind::Store { &self.connecting } else { &self.files };
+        files.restrict()?;
         privileges::drop_all()?;
         // The last: what was done so far is not among the calls that it leaves.
         self.filter(kind).map(drop)

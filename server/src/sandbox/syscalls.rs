@@ -90,7 +90,18 @@ const SESSION: &[c_long] = &[
 ];
 
 /// Neither `io_uring_setup` nor anything that stores need to be opened: a worker's ring is made before.
-const WORKER: &[c_long] = &[SYS_io_uring_enter, SYS_io_uring_register, SYS_fsync, SYS_fdatasync, SYS_flock];
+const WORKER: &[c_long] = &[
+    SYS_io_uring_enter,
+    SYS_io_uring_register,
+    SYS_fsync,
+    SYS_fdatasync,
+    SYS_flock,
+    // A connection that is given up, so that its ring gives back what it has of it.
+    SYS_shutdown,
+];
+
+/// To connect. What it sends and receives goes by calls that all have.
+const STORE: &[c_long] = &[SYS_socket, SYS_connect, SYS_getsockopt, SYS_setsockopt];
 
 /// What C libraries and std ask for and do without: they find out about the machine, and open files for it, when malloc makes
 /// an arena or a panic tells where it comes from.
@@ -135,6 +146,7 @@ pub(super) fn allowed(kind: ThreadKind) -> impl Iterator<Item = (c_long, Option<
         ThreadKind::Main => MAIN,
         ThreadKind::Session => SESSION,
         ThreadKind::Worker => WORKER,
+        ThreadKind::Store => STORE,
     };
     ANY.iter().chain(own).map(|call| (*call, argument(*call)))
 }
@@ -155,6 +167,7 @@ fn argument(call: c_long) -> Option<Argument> {
         // Memory is never to be executed.
         SYS_mmap | SYS_mprotect => Argument { index: 2, mask: word(&PROT_EXEC), values: vec![0] },
         SYS_ioctl => Argument { index: 1, mask: INT, values: vec![FIONBIO] },
+        SYS_socket => Argument { index: 0, mask: INT, values: [AF_UNIX, AF_INET, AF_INET6].iter().map(word).collect() },
         // Not, for one, signals to others.
         SYS_fcntl => Argument { index: 1, mask: INT, values: FCNTLS.iter().map(word).collect() },
         // To this process, which aborts.

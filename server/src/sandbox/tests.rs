@@ -28,8 +28,9 @@ type Act = fn(&Path);
 const FORBIDDEN: &[(&str, Act)] = &[
     ("run a program", |_| assert!(execv(c"/bin/true", &[c"true"]).is_err())),
     ("start a thread", |_| drop(thread::spawn(|| {}))),
-    ("make a socket", |_| drop(socket(AddressFamily::Inet, SockType::Stream, SockFlag::empty(), None))),
-    ("connect", |folder| drop(UnixStream::connect(folder.join("socket")))),
+    ("make a socket of another kind", |_| {
+        drop(socket(AddressFamily::Netlink, SockType::Raw, SockFlag::empty(), None));
+    }),
     ("signal another process", |_| kill(Pid::from_raw(1), None).unwrap()),
     ("have a descriptor signal another process", |_| {
         // SAFETY: it touches no memory.
@@ -50,6 +51,15 @@ const FORBIDDEN: &[(&str, Act)] = &[
 const FOR_SESSIONS: &[(&str, Act)] = &[
     ("remove a socket", |folder| fs::remove_file(folder.join("file")).unwrap()),
     ("make an eventfd", |_| drop(nix::sys::eventfd::EventFd::new().unwrap())),
+];
+
+/// What threads of stores may, and nobody else.
+const FOR_STORES: &[(&str, Act)] = &[
+    ("make a socket", |_| drop(socket(AddressFamily::Inet, SockType::Stream, SockFlag::empty(), None).unwrap())),
+    ("connect", |folder| {
+        let error = UnixStream::connect(folder.join("socket")).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::NotFound);
+    }),
 ];
 
 /// What sessions may as far as seccomp goes.
@@ -107,13 +117,16 @@ fn map(prot: ProtFlags) -> nix::Result<std::ptr::NonNull<libc::c_void>> {
 #[test]
 fn stage() {
     let Some(name) = env::var_os("SANDBOX_ACT") else { return };
-    let act = [FORBIDDEN, FOR_SESSIONS, &[ELSEWHERE], HARMLESS].concat().into_iter().find(|(act, _)| name == **act);
+    let act = [FORBIDDEN, FOR_SESSIONS, FOR_STORES, &[ELSEWHERE], HARMLESS]
+        .concat()
+        .into_iter()
+        .find(|(act, _)| name == **act);
     let (_, act) = act.unwrap_or(("abort", |_| process::abort()));
     let kind = env::var("SANDBOX_KIND").unwrap();
     let kind = ThreadKind::ALL.into_iter().find(|known| format!("{known:?}") == kind).unwrap();
     let folder = PathBuf::from(env::var_os("SANDBOX_FOLDER").unwrap());
     env_logger::init();
-    let sandbox = Sandbox::new(SandboxMode::On, &[&folder]).unwrap();
+    let sandbox = Sandbox::new(SandboxMode::On, &[&folder], &[]).unwrap();
     let actor = thread::spawn(move || {
         sandbox.enter_as(kind);
         act(&folder);
@@ -153,11 +166,11 @@ fn what_nobody_may_ends_the_process() {
 }
 
 #[test]
-fn sessions_may_more_than_others() {
-    for (name, _) in FOR_SESSIONS {
-        for kind in ThreadKind::ALL {
+fn some_may_more_than_others() {
+    for (acts, actor) in [(FOR_SESSIONS, ThreadKind::Session), (FOR_STORES, ThreadKind::Store)] {
+        for ((name, _), kind) in acts.iter().flat_map(|act| ThreadKind::ALL.map(|kind| (act, kind))) {
             let output = done(name, kind);
-            let fine = if kind == ThreadKind::Session { output.status.success() } else { killed(&output) };
+            let fine = if kind == actor { output.status.success() } else { killed(&output) };
             assert!(fine, "{kind:?}, {name}: {output:?}");
         }
     }
@@ -165,7 +178,7 @@ fn sessions_may_more_than_others() {
 
 #[test]
 fn sessions_remove_nothing_elsewhere() {
-    if aside(|| Files::new(&[]).unwrap().restrict().unwrap()).is_some() {
+    if aside(|| Files::new(&[], &[]).unwrap().restrict().unwrap()).is_some() {
         let output = done(ELSEWHERE.0, ThreadKind::Session);
         assert!(output.status.success(), "{output:?}");
     }
@@ -200,7 +213,7 @@ fn files_are_out_of_reach_without_seccomp_too() {
     let files = [&ours, &other].map(|folder| folder.path().join("file"));
     files.iter().for_each(|file| fs::write(file, "").unwrap());
     let enforced = aside(|| {
-        let Some(_abi) = Files::new(&[ours.path()]).unwrap().restrict().unwrap() else { return false };
+        let Some(_abi) = Files::new(&[ours.path()], &[]).unwrap().restrict().unwrap() else { return false };
         let denied = |result: io::Result<()>| assert_eq!(result.unwrap_err().raw_os_error(), Some(libc::EACCES));
         denied(File::open(&files[0]).map(drop));
         denied(File::open("/etc/passwd").map(drop));
@@ -212,6 +225,20 @@ fn files_are_out_of_reach_without_seccomp_too() {
     assert!(!enforced || files[1].exists() && !files[0].exists());
     // Other threads are as free as before.
     fs::remove_file(&files[1]).unwrap();
+}
+
+#[test]
+fn only_the_ports_of_stores_can_be_connected_to() {
+    use std::net::{TcpListener, TcpStream};
+    let [ours, other] = [(); 2].map(|()| TcpListener::bind("127.0.0.1:0").unwrap());
+    let [ours, other] = [&ours, &other].map(|listener| listener.local_addr().unwrap());
+    aside(|| {
+        // TCP is guarded from the fourth version on.
+        if Files::new(&[], &[ours.port()]).unwrap().restrict().unwrap().is_some_and(|abi| abi >= 4) {
+            assert!(TcpStream::connect(ours).is_ok());
+            assert_eq!(TcpStream::connect(other).unwrap_err().raw_os_error(), Some(libc::EACCES));
+        }
+    });
 }
 
 #[test]
@@ -229,7 +256,7 @@ fn no_capability_is_left_and_none_comes_back() {
 
 #[test]
 fn a_sandbox_that_is_off_takes_nothing() {
-    let sandbox = Sandbox::new(SandboxMode::Off, &[]).unwrap();
+    let sandbox = Sandbox::new(SandboxMode::Off, &[], &[]).unwrap();
     aside(|| {
         sandbox.enter_as(ThreadKind::Worker);
         File::open("/dev/null").unwrap();

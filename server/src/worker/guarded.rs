@@ -211,7 +211,7 @@ mod tests {
     }
 
     fn pool(workers: usize) -> Pool {
-        Pool::new(vec![WorkerPlan::default(); workers], &Sandbox::new(SandboxMode::Off, &[]).unwrap()).unwrap()
+        Pool::new(vec![WorkerPlan::default(); workers], &Sandbox::new(SandboxMode::Off, &[], &[]).unwrap()).unwrap()
     }
 
     /// What makes a task, what the task then says, and what ends its read.

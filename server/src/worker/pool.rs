@@ -252,7 +252,7 @@ mod tests {
     }
 
     fn pool(plans: &[WorkerPlan]) -> Result<Pool, PoolError> {
-        Pool::new(plans.iter().copied(), &Sandbox::new(SandboxMode::Off, &[]).unwrap())
+        Pool::new(plans.iter().copied(), &Sandbox::new(SandboxMode::Off, &[], &[]).unwrap())
     }
 
     /// Attaches a queue; the name of the thread that serves it, and the processors that it may run on.

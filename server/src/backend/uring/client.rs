@@ -105,7 +105,7 @@ impl<T: Operation> Client<T> {
     }
 
     /// Starts what was queued, where the worker's next call may be too late.
-    fn commit(&self) {
+    pub(in crate::backend) fn commit(&self) {
         // What breaks a ring is told to the worker too, when it waits.
         if let Err(error) = self.ring.borrow_mut().submit() {
             log::error!("io_uring: {error}");

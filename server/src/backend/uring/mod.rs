@@ -156,6 +156,16 @@ impl Uring {
         ring.borrow_mut().accounts().has_orphans()
     }
 
+    /// Whether it is the kernel's, and no stand-in.
+    pub(super) fn has_kernel(&self) -> bool {
+        self.ring.is_some()
+    }
+
+    /// What ends its thread's sleep.
+    pub(super) fn waker(&self) -> &Waker {
+        &self.waker
+    }
+
     /// Whether it has a [`Lane::Polled`].
     pub(super) fn has_polled_lane(&self) -> bool {
         self.ring.as_ref().is_some_and(|ring| ring.borrow().has_polled())

@@ -1,0 +1,449 @@
+//! Devices whose blocks an NBD server has: nbdkit, qemu-nbd and nbd-server, each as Debian builds it.
+
+use std::fs::{self, File};
+use std::net::{TcpListener, TcpStream};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::thread;
+
+use client::{BlockOptions, BlockQueue, BlockRequest, Buffer, RequestType};
+use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair};
+use tempfile::TempDir;
+use testbed::{Process, Progress, Tool};
+use vfio_user_blk::Server;
+use vfio_user_blk::config::{DeviceConfig, ServerConfig};
+
+use crate::crash::{Journal, Writer};
+use crate::rig::{DISK, LIMIT, OK, Random, Rig, UNSUPP, exercise, until};
+use crate::workload::{Arena, Workload};
+
+/// A program that exports the file `disk.img`, or memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Kind {
+    NbdkitMemory,
+    NbdkitFile,
+    /// Over TCP, with answers that come late and out of order, and no more than 64 KiB at once.
+    NbdkitDelayed,
+    QemuRaw,
+    QemuQcow2,
+    NbdServer,
+}
+
+impl Kind {
+    const ALL: [Self; 6] =
+        [Self::NbdkitMemory, Self::NbdkitFile, Self::NbdkitDelayed, Self::QemuRaw, Self::QemuQcow2, Self::NbdServer];
+}
+
+/// A running server, in a folder that goes with it.
+struct Export {
+    kind: Kind,
+    folder: TempDir,
+    port: u16,
+    /// More arguments for nbdkit: options, and parameters of its filters.
+    more: Vec<String>,
+    process: Option<Process>,
+}
+
+fn nbdkit(arguments: &[&str]) -> Command {
+    let mut command = Tool::Nbdkit.command(&Progress::silent()).unwrap();
+    command.args(["--foreground", "--newstyle"]).args(arguments);
+    command
+}
+
+/// A plugin or a filter of nbdkit's.
+fn part(kind: &str, name: &str) -> String {
+    let path = format!("usr/lib/x86_64-linux-gnu/nbdkit/{kind}s/nbdkit-{name}-{kind}.so");
+    Tool::Nbdkit.file(&path, &Progress::silent()).unwrap().display().to_string()
+}
+
+impl Export {
+    fn new(kind: Kind) -> Self {
+        Self::with(kind, &[])
+    }
+
+    fn with(kind: Kind, more: &[String]) -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+        let mut export = Self { kind, folder, port, more: more.to_vec(), process: None };
+        File::create(export.image()).unwrap().set_len(DISK).unwrap();
+        if kind == Kind::QemuQcow2 {
+            fs::remove_file(export.image()).unwrap();
+            let image = Command::new("qemu-img")
+                .args(["create", "-q", "-f", "qcow2"])
+                .arg(export.image())
+                .arg(DISK.to_string())
+                .status();
+            assert!(image.unwrap().success());
+        }
+        export.start();
+        export
+    }
+
+    fn image(&self) -> PathBuf {
+        self.folder.path().join("disk.img")
+    }
+
+    fn socket(&self) -> PathBuf {
+        self.folder.path().join("nbd.sock")
+    }
+
+    fn start(&mut self) {
+        let (socket, image) = (self.socket(), self.image());
+        let _left = fs::remove_file(&socket);
+        let (socket, image) = (socket.display().to_string(), image.display().to_string());
+        let mut command = match self.kind {
+            Kind::NbdkitMemory => {
+                let (options, parameters): (Vec<_>, Vec<_>) = self.more.iter().partition(|word| word.starts_with("--"));
+                let mut command = nbdkit(&["--unix", &socket]);
+                command.args(options).args([&part("plugin", "memory"), &format!("size={DISK}")]).args(parameters);
+                command
+            }
+            Kind::NbdkitFile => nbdkit(&["--unix", &socket, &part("plugin", "file"), &format!("file={image}")]),
+            Kind::NbdkitDelayed => nbdkit(&[
+                "--ipaddr=127.0.0.1",
+                &format!("--port={}", self.port),
+                &format!("--filter={}", part("filter", "blocksize-policy")),
+                &format!("--filter={}", part("filter", "delay")),
+                &part("plugin", "file"),
+                &format!("file={image}"),
+                "blocksize-maximum=64K",
+                "blocksize-error-policy=error",
+                "rdelay=1ms",
+                "delay-trim=2ms",
+            ]),
+            Kind::QemuRaw | Kind::QemuQcow2 => {
+                let format = if self.kind == Kind::QemuRaw { "raw" } else { "qcow2" };
+                let mut command = Tool::QemuNbd.command(&Progress::silent()).unwrap();
+                command.args([
+                    "--socket",
+                    &socket,
+                    "--persistent",
+                    "--shared=8",
+                    "--discard=unmap",
+                    "--format",
+                    format,
+                ]);
+                command.arg(&image);
+                command
+            }
+            Kind::NbdServer => {
+                let config = self.folder.path().join("config");
+                let text = format!(
+                    "[generic]\nunixsock = {socket}\nlistenaddr = 127.0.0.1\nport = {}\n\n\
+                     [disk]\nexportname = {image}\nflush = true\nfua = true\ntrim = true\n",
+                    self.port
+                );
+                fs::write(&config, text).unwrap();
+                let mut command = Tool::NbdServer.command(&Progress::silent()).unwrap();
+                command.arg("-n").arg("-C").arg(config);
+                command
+            }
+        };
+        command.current_dir(self.folder.path());
+        let process = Process::start("NBD server", &command).unwrap();
+        let limit = std::time::Instant::now() + LIMIT;
+        while !self.answers() {
+            assert!(std::time::Instant::now() < limit, "{:?}: {}", self.kind, process.log());
+            thread::sleep(std::time::Duration::from_millis(5));
+        }
+        self.process = Some(process);
+    }
+
+    fn answers(&self) -> bool {
+        match self.kind {
+            Kind::NbdkitDelayed => TcpStream::connect(("127.0.0.1", self.port)).is_ok(),
+            _ => UnixStream::connect(self.socket()).is_ok(),
+        }
+    }
+
+    fn kill(&mut self) {
+        self.process.take().unwrap().kill().unwrap();
+    }
+
+    fn uri(&self) -> String {
+        match self.kind {
+            Kind::NbdkitDelayed => format!("nbd://127.0.0.1:{}/", self.port),
+            Kind::NbdServer => format!("nbd+unix:///disk?socket={}", self.socket().display()),
+            _ => format!("nbd+unix:///?socket={}", self.socket().display()),
+        }
+    }
+
+    fn device(&self, folder: &Path) -> DeviceConfig {
+        let mut device = DeviceConfig::new(folder.join("blk.sock"));
+        device.nbd_uri = Some(self.uri().parse().unwrap());
+        device
+    }
+
+    fn rig(&self) -> Rig {
+        Rig::devices(|folder| vec![self.device(folder)])
+    }
+}
+
+#[test]
+fn random_requests_on_all_queues_against_a_plain_copy() {
+    for kind in Kind::ALL {
+        let export = Export::new(kind);
+        let mut rig = export.rig();
+        let mut machine = rig.boot();
+        let (queues, memory) = (&mut machine.queues, &machine.memory);
+        assert!(!queues.is_empty());
+        let sectors = DISK as usize / 512 / queues.len();
+        for (index, queue) in queues.iter_mut().enumerate() {
+            let workload = Workload {
+                seed: kind as u64 * 100 + index as u64,
+                first_sector: (index * sectors) as u64,
+                sectors: 2048,
+                requests: if kind == Kind::NbdkitDelayed { 300 } else { 1500 },
+                depth: 32,
+                largest: 200,
+                ..Workload::default()
+            };
+            workload.run(queue, &Arena::new(memory, &workload));
+        }
+        drop(machine);
+        rig = {
+            drop(rig);
+            export.rig()
+        };
+        exercise(&mut rig.boot().queues);
+    }
+}
+
+/// One request, of data that lies at the start of the buffer.
+fn execute(queue: &mut BlockQueue, kind: RequestType, sector: u64, buffer: &Buffer, len: usize) -> u8 {
+    let data = if len > 0 { vec![buffer.segment(0, len).unwrap()] } else { Vec::new() };
+    queue.execute(&BlockRequest { kind, sector, data: &data }).unwrap().status
+}
+
+/// Thousands of operations of all kinds, one after the other.
+#[test]
+fn all_kinds_of_requests_against_a_plain_copy() {
+    const SECTORS: u64 = 1024;
+    for kind in [Kind::NbdkitMemory, Kind::NbdkitFile, Kind::QemuRaw, Kind::QemuQcow2, Kind::NbdServer] {
+        let export = Export::new(kind);
+        let rig = export.rig();
+        let mut machine = rig.boot_with(&BlockOptions { queues: 1, ..BlockOptions::default() });
+        let buffer = machine.memory.allocate(64 << 10, 4096).unwrap();
+        let queue = &mut machine.queues[0];
+        let mut random = Random::new(kind as u64 + 7);
+        let mut disk = vec![0_u8; (SECTORS * 512) as usize];
+        let mut known = vec![true; SECTORS as usize];
+        for _ in 0..3000 {
+            let count = 1 + random.below(64);
+            let first = random.below(SECTORS - count);
+            let bytes = (first * 512) as usize..((first + count) * 512) as usize;
+            let sectors = first as usize..(first + count) as usize;
+            let range =
+                [&first.to_le_bytes()[..], &(count as u32).to_le_bytes(), &[random.below(2) as u8, 0, 0, 0]].concat();
+            match random.below(8) {
+                0..3 => {
+                    random.fill(&mut disk[bytes.clone()]);
+                    buffer.write(0, &disk[bytes.clone()]).unwrap();
+                    assert_eq!(execute(queue, RequestType::Write, first, &buffer, bytes.len()), OK);
+                    known[sectors].fill(true);
+                }
+                3..5 => {
+                    assert_eq!(execute(queue, RequestType::Read, first, &buffer, bytes.len()), OK);
+                    let mut read = vec![0; bytes.len()];
+                    buffer.read(0, &mut read).unwrap();
+                    for (sector, data) in sectors.zip(read.chunks(512)) {
+                        assert!(!known[sector] || data == &disk[sector * 512..][..512], "{kind:?}, sector {sector}");
+                    }
+                }
+                5 => {
+                    buffer.write(0, &range).unwrap();
+                    assert_eq!(execute(queue, RequestType::WriteZeroes, 0, &buffer, 16), OK);
+                    disk[bytes].fill(0);
+                    known[sectors].fill(true);
+                }
+                6 => {
+                    buffer.write(0, &[&range[..12], &[0; 4]].concat()).unwrap();
+                    let status = execute(queue, RequestType::Discard, 0, &buffer, 16);
+                    // Not all servers can.
+                    assert!(status == OK || status == UNSUPP, "{kind:?}: {status}");
+                    known[sectors].fill(status != OK);
+                }
+                _ => assert_eq!(execute(queue, RequestType::Flush, 0, &buffer, 0), OK),
+            }
+        }
+    }
+}
+
+/// A server that is killed, again and again, while a driver writes: the driver sees a slow disk, and nothing that was flushed is
+/// lost. The server that the driver sees is in its sandbox all the time.
+#[test]
+fn a_killed_nbd_server_costs_nothing_but_time() {
+    for kind in [Kind::NbdkitFile, Kind::QemuRaw, Kind::NbdkitDelayed] {
+        let mut export = Export::new(kind);
+        let image = export.image();
+        let rig = export.rig();
+        let (mut journal, mut writer) = (Journal::new(), Writer::new(rig.client()));
+        let (over, answers) = (AtomicBool::new(false), AtomicU64::new(0));
+        let mut journal = thread::scope(|scope| {
+            let (over, answers) = (&over, &answers);
+            let writing = scope.spawn(move || {
+                while !over.load(Ordering::Acquire) {
+                    let batch = journal.last + 1;
+                    journal.last = batch;
+                    let whole = writer.write(batch, &AtomicBool::new(false), || {
+                        answers.fetch_add(1, Ordering::Relaxed);
+                    });
+                    assert!(whole, "{kind:?}: batch {batch}");
+                    journal.acknowledge(batch);
+                }
+                journal
+            });
+            // The servers end with the thread that has started them: this one.
+            let mut random = Random::new(kind as u64);
+            for _ in 0..6 {
+                let fatal = answers.load(Ordering::Relaxed) + random.below(100);
+                until("enough is answered", || answers.load(Ordering::Relaxed) >= fatal || writing.is_finished());
+                export.kill();
+                export.start();
+            }
+            over.store(true, Ordering::Release);
+            writing.join().unwrap()
+        });
+        rig.stop();
+        export.kill();
+        journal.check(&image);
+    }
+}
+
+/// A driver that gives up does not wait for a server that is gone.
+#[test]
+fn a_reset_does_not_wait_for_a_dead_server() {
+    let mut export = Export::new(Kind::NbdkitMemory);
+    let rig = export.rig();
+    let options = BlockOptions { queues: 1, ..BlockOptions::default() };
+    let mut machine = rig.boot_with(&options);
+    exercise(&mut machine.queues);
+    export.kill();
+    let buffer = machine.memory.allocate(4096, 4096).unwrap();
+    let data = [buffer.segment(0, 4096).unwrap()];
+    machine.queues[0].submit(&BlockRequest { kind: RequestType::Read, sector: 0, data: &data }).unwrap();
+    machine.queues[0].publish().unwrap();
+    let begun = std::time::Instant::now();
+    machine.reboot(&options);
+    assert!(begun.elapsed() < std::time::Duration::from_secs(20), "the deadline is 60 seconds");
+    export.start();
+    exercise(&mut machine.queues);
+}
+
+/// Errors that a server makes up are the guest's, and no reason for more.
+#[test]
+fn errors_of_the_server_are_told_and_end() {
+    let fatal = tempfile::tempdir().unwrap();
+    let trigger = fatal.path().join("inject");
+    let more = [
+        format!("--filter={}", part("filter", "error")),
+        "error=EIO".into(),
+        "error-rate=100%".into(),
+        format!("error-file={}", trigger.display()),
+    ];
+    let export = Export::with(Kind::NbdkitMemory, &more);
+    let rig = export.rig();
+    let mut machine = rig.boot_with(&BlockOptions { queues: 1, ..BlockOptions::default() });
+    let buffer = machine.memory.allocate(4096, 4096).unwrap();
+    let queue = &mut machine.queues[0];
+    assert_eq!(execute(queue, RequestType::Read, 0, &buffer, 4096), OK);
+    File::create(&trigger).unwrap();
+    assert_eq!(execute(queue, RequestType::Read, 0, &buffer, 4096), crate::rig::IOERR);
+    assert_eq!(execute(queue, RequestType::Write, 0, &buffer, 4096), crate::rig::IOERR);
+    fs::remove_file(&trigger).unwrap();
+    assert_eq!(execute(queue, RequestType::Read, 0, &buffer, 4096), OK);
+}
+
+/// Certificates of one authority: `ca-cert.pem`, and a certificate and a key for each role.
+struct Authority {
+    folder: TempDir,
+}
+
+impl Authority {
+    fn new(server_name: &str) -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let key = KeyPair::generate().unwrap();
+        let mut params = CertificateParams::new(Vec::new()).unwrap();
+        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        let certificate = params.self_signed(&key).unwrap();
+        let write = |name: &str, text: String| fs::write(folder.path().join(name), text).unwrap();
+        write("ca-cert.pem", certificate.pem());
+        let issuer = Issuer::new(params, key);
+        for (role, name) in [("server", server_name), ("client", "client")] {
+            let key = KeyPair::generate().unwrap();
+            let certificate = CertificateParams::new(vec![name.into()]).unwrap().signed_by(&key, &issuer).unwrap();
+            write(&format!("{role}-cert.pem"), certificate.pem());
+            write(&format!("{role}-key.pem"), key.serialize_pem());
+        }
+        Self { folder }
+    }
+
+    fn path(&self) -> PathBuf {
+        self.folder.path().to_owned()
+    }
+
+    /// Without a client's certificate.
+    fn without_client(self) -> Self {
+        fs::remove_file(self.path().join("client-cert.pem")).unwrap();
+        fs::remove_file(self.path().join("client-key.pem")).unwrap();
+        self
+    }
+}
+
+/// Whether a server starts on the export, and why not.
+fn start(device: &DeviceConfig) -> Result<Server, String> {
+    Server::start(&ServerConfig::new(vec![device.clone()])).map_err(|error| error.to_string())
+}
+
+#[test]
+fn tls_refuses_a_wrong_certificate() {
+    let right = Authority::new("nbd.example");
+    let certificates = format!("--tls-certificates={}", right.path().display());
+    let export = Export::with(Kind::NbdkitMemory, &["--tls=require".into(), "--tls-verify-peer".into(), certificates]);
+    let folder = tempfile::tempdir().unwrap();
+    let mut device = export.device(folder.path());
+    let plain = start(&device).map(drop).unwrap_err();
+    assert!(plain.contains("wants TLS"), "{plain}");
+    let uri = export.uri().replace("nbd+unix", "nbds+unix");
+    device.nbd_uri = Some(uri.parse().unwrap());
+    device.nbd_tls_dir = Some(right.path());
+    device.nbd_tls_hostname = Some("nbd.example".into());
+    let rig = Rig::devices(|folder| vec![DeviceConfig { socket_path: folder.join("blk.sock"), ..device.clone() }]);
+    let mut machine = rig.boot();
+    exercise(&mut machine.queues);
+    let workload =
+        Workload { first_sector: 8192, requests: 1000, largest: 300, sectors: 4096, depth: 32, ..Workload::default() };
+    workload.run(&mut machine.queues[0], &Arena::new(&machine.memory, &workload));
+    drop((machine, rig));
+    for (dir, name, why) in
+        [(right.path(), "other.example", "certificate"), (folder.path().join("nowhere"), "nbd.example", "ca-cert.pem")]
+    {
+        let wrong = DeviceConfig { nbd_tls_dir: Some(dir), nbd_tls_hostname: Some(name.into()), ..device.clone() };
+        let error = start(&wrong).map(drop).unwrap_err();
+        assert!(error.contains(why), "{error}");
+    }
+    let other = Authority::new("nbd.example");
+    let wrong = DeviceConfig { nbd_tls_dir: Some(other.path()), ..device.clone() };
+    let error = start(&wrong).map(drop).unwrap_err();
+    assert!(error.contains("TLS") && error.contains("certificate"), "{error}");
+    // The server wants to know us.
+    let nobody = right.without_client();
+    let wrong = DeviceConfig { nbd_tls_dir: Some(nobody.path()), ..device };
+    assert!(start(&wrong).is_err());
+}
+
+#[test]
+fn a_device_says_why_it_cannot_be_served() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut device = DeviceConfig::new(folder.path().join("blk.sock"));
+    let socket = folder.path().join("nobody.sock");
+    device.nbd_uri = Some(format!("nbd+unix:///?socket={}", socket.display()).parse().unwrap());
+    let error = start(&device).map(drop).unwrap_err();
+    assert!(error.contains("nobody.sock") && error.contains("cannot connect"), "{error}");
+    let export = Export::new(Kind::NbdServer);
+    device.nbd_uri = Some(export.uri().replace("disk?", "other?").parse().unwrap());
+    let error = start(&device).map(drop).unwrap_err();
+    assert!(error.contains("no export of this name"), "{error}");
+}
