@@ -18,7 +18,7 @@ use crate::config::{Cache, DeviceConfig, Doorbell, InvalidDevice, InvalidServer,
 use crate::device::Device;
 use crate::doorbell_page::DoorbellPage;
 use crate::listener::{ListenError, Listener};
-use crate::sandbox::{Sandbox, SandboxError, ThreadKind};
+use crate::sandbox::{Entrance, Sandbox, SandboxError, ThreadKind};
 use crate::session::{Session, Stop};
 use crate::store::{self, StoreError};
 use crate::worker::{Pool, PoolError, WorkerPlan};
@@ -127,11 +127,14 @@ impl Server {
         outlive_lost_memory().map_err(OpenError::Threads)?;
         let stop = Arc::new(Stop::new().map_err(OpenError::Threads)?);
         // All or nothing: the sockets appear once every store is open.
-        let devices: Vec<_> = config.devices.iter().map(open_device).collect::<Result<_, _>>()?;
+        let entrance = Entrance::default();
+        let devices: Vec<_> =
+            config.devices.iter().map(|device| open_device(device, &entrance)).collect::<Result<_, _>>()?;
         let listeners: Vec<_> = config.devices.iter().map(Listener::bind).collect::<Result<_, _>>()?;
         // From here on threads only serve what is open.
         let folders: Vec<_> = listeners.iter().filter_map(|listener| listener.path().parent()).collect();
         let sandbox = Sandbox::new(config.sandbox.unwrap_or_default(), &folders)?;
+        entrance.open(&sandbox);
         let pool = Arc::new(Pool::new(worker_plans(config), &sandbox)?);
         let mut server = Self { sessions: Vec::new(), stop: Arc::clone(&stop), sandbox: sandbox.clone() };
         for ((device, description), listener) in devices.into_iter().zip(listeners) {
@@ -195,12 +198,12 @@ fn worker_plans(config: &ServerConfig) -> impl Iterator<Item = WorkerPlan> {
     })
 }
 
-fn open_device(config: &DeviceConfig) -> Result<(Device, String), OpenError> {
+fn open_device(config: &DeviceConfig, entrance: &Entrance) -> Result<(Device, String), OpenError> {
     let socket_path = || config.socket_path.clone();
     let invalid = |source| OpenError::Invalid { socket_path: socket_path(), source };
     config.check().map_err(invalid)?;
     let limits = config.limits().map_err(invalid)?;
-    let store = store::open(config)?;
+    let store = store::open(config, entrance)?;
     let info = store.info();
     let block = BlockDevice::new(block_config(config, &info));
     let mut options = Options::for_device(&block);

@@ -25,9 +25,12 @@
 #[cfg(test)]
 pub(crate) mod contract;
 pub mod file;
+pub mod image;
 mod immediate;
+mod lock;
 pub mod memory;
 pub mod null;
+mod threads;
 pub mod uring;
 
 use std::io;

@@ -11,6 +11,7 @@
 //! among other things keeps its own threads as they are. What io_uring does is no system call: what a ring may do is in
 //! `backend/uring/setup.rs`.
 
+mod entrance;
 mod filesystem;
 mod privileges;
 mod seccomp;
@@ -24,6 +25,7 @@ use std::sync::Arc;
 use std::thread;
 
 use crate::config::SandboxMode;
+pub(crate) use entrance::Entrance;
 use filesystem::Files;
 use seccomp::Filters;
 
@@ -36,10 +38,12 @@ pub(crate) enum ThreadKind {
     Session,
     /// Serves queues, see [`worker`](crate::worker).
     Worker,
+    /// Does the operations of a store that blocks.
+    Store,
 }
 
 impl ThreadKind {
-    const ALL: [Self; 3] = [Self::Main, Self::Session, Self::Worker];
+    const ALL: [Self; 4] = [Self::Main, Self::Session, Self::Worker, Self::Store];
 }
 
 /// A part of the sandbox that the kernel has and that cannot be set up all the same.

@@ -29,6 +29,7 @@ pub(super) struct Filters {
     main: Filter,
     session: Filter,
     worker: Filter,
+    store: Filter,
 }
 
 impl Filters {
@@ -40,6 +41,7 @@ impl Filters {
             main: filter(ThreadKind::Main)?,
             session: filter(ThreadKind::Session)?,
             worker: filter(ThreadKind::Worker)?,
+            store: filter(ThreadKind::Store)?,
         }))
     }
 
@@ -49,6 +51,7 @@ impl Filters {
             ThreadKind::Main => &self.main,
             ThreadKind::Session => &self.session,
             ThreadKind::Worker => &self.worker,
+            ThreadKind::Store => &self.store,
         };
         // In this order: the killing one leaves no way to add another.
         for program in [&filter.refusing, &filter.killing] {

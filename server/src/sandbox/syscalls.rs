@@ -92,6 +92,17 @@ const SESSION: &[c_long] = &[
 /// Neither `io_uring_setup` nor anything that stores need to be opened: a worker's ring is made before.
 const WORKER: &[c_long] = &[SYS_io_uring_enter, SYS_io_uring_register, SYS_fsync, SYS_fdatasync, SYS_flock];
 
+/// A store that blocks moves its bytes by itself.
+const STORE: &[c_long] = &[
+    SYS_preadv,
+    SYS_pwritev,
+    SYS_fallocate,
+    SYS_ftruncate,
+    SYS_fdatasync,
+    // At the end: the store is unlocked.
+    SYS_flock,
+];
+
 /// What C libraries and std ask for and do without: they find out about the machine, and open files for it, when malloc makes
 /// an arena or a panic tells where it comes from.
 const DISPENSABLE: &[c_long] = &[
@@ -116,7 +127,17 @@ const DISPENSABLE: &[c_long] = &[
 /// others as on the kernels before.
 const NEWER: std::ops::Range<c_long> = 463..512;
 
-const FCNTLS: &[c_int] = &[F_GETFL, F_SETFL, F_GETFD, F_SETFD, F_DUPFD_CLOEXEC, F_GET_SEALS, F_ADD_SEALS];
+const FCNTLS: &[c_int] = &[
+    F_GETFL,
+    F_SETFL,
+    F_GETFD,
+    F_SETFD,
+    F_DUPFD_CLOEXEC,
+    F_GET_SEALS,
+    F_ADD_SEALS,
+    // A store that is let go of is unlocked.
+    F_OFD_SETLK,
+];
 
 /// What an argument must be.
 #[derive(Debug)]
@@ -135,6 +156,7 @@ pub(super) fn allowed(kind: ThreadKind) -> impl Iterator<Item = (c_long, Option<
         ThreadKind::Main => MAIN,
         ThreadKind::Session => SESSION,
         ThreadKind::Worker => WORKER,
+        ThreadKind::Store => STORE,
     };
     ANY.iter().chain(own).map(|call| (*call, argument(*call)))
 }
