@@ -12,6 +12,7 @@ mod disconnect;
 mod dma;
 mod faults;
 mod hostile;
+mod images;
 mod interrupts;
 mod io;
 mod live;

@@ -18,6 +18,8 @@ pub enum Tool {
     Fio,
     /// qemu-storage-daemon, which exports disks by vhost-user.
     QemuStorageDaemon,
+    /// qemu-img, which makes, checks and converts images.
+    QemuImg,
 }
 
 impl Tool {
@@ -42,7 +44,9 @@ impl Tool {
         match self {
             // The launcher starts its tools from there.
             Self::Valgrind => command.env("VALGRIND_LIB", tree.path("usr/libexec/valgrind")),
-            Self::QemuStorageDaemon => command.env("QEMU_MODULE_DIR", tree.path("usr/lib/x86_64-linux-gnu/qemu")),
+            Self::QemuStorageDaemon | Self::QemuImg => {
+                command.env("QEMU_MODULE_DIR", tree.path("usr/lib/x86_64-linux-gnu/qemu"))
+            }
             Self::Fio => &mut command,
         };
         Ok(command)
@@ -62,6 +66,7 @@ impl Tool {
             Self::Valgrind => "valgrind",
             Self::Fio => "fio",
             Self::QemuStorageDaemon => "qemu-storage-daemon",
+            Self::QemuImg => "qemu-img",
         }
     }
 
@@ -71,6 +76,7 @@ impl Tool {
             Self::Valgrind => (&["valgrind"], Suite::Trixie, "usr/bin/valgrind.bin"),
             Self::Fio => (&["fio"], Suite::Trixie, "usr/bin/fio"),
             Self::QemuStorageDaemon => (&["qemu-utils"], Suite::TrixieBackports, "usr/bin/qemu-storage-daemon"),
+            Self::QemuImg => (&["qemu-utils"], Suite::Trixie, "usr/bin/qemu-img"),
         };
         (Packages { names, suite, architecture: Architecture::Amd64 }, program)
     }

@@ -23,8 +23,7 @@ use super::memory::MemoryStore;
 use super::null::NullStore;
 use super::uring::{SqPoll, Uring, UringOptions, Waker};
 use super::{Backend, Completion, Full, Io, Op, Store};
-use crate::config::SandboxMode;
-use crate::sandbox::{Entrance, Sandbox};
+use crate::sandbox::Entrance;
 
 /// A store to be tested.
 trait Fixture {
@@ -203,13 +202,13 @@ impl Rig {
         self.in_flight.clear();
     }
 
-    fn write(&mut self, offset: u64, data: &[u8], durable: bool) {
+    pub(super) fn write(&mut self, offset: u64, data: &[u8], durable: bool) {
         let buffers = self.guest.buffers(&[(0, data.len() as u64)]);
         buffers.copy_from_slice(0, data);
         self.one(Op::Write { offset, durable }, buffers).result.unwrap();
     }
 
-    fn read(&mut self, offset: u64, len: u64) -> Vec<u8> {
+    pub(super) fn read(&mut self, offset: u64, len: u64) -> Vec<u8> {
         // Not where `write` puts its data, which would make a read that does nothing look good.
         let at = Guest::LEN / 2;
         let buffers = self.guest.buffers(&[(at, len)]);
@@ -759,8 +758,7 @@ struct StoredImage<const DIRECT: bool, const BACKED: bool> {
 impl<const DIRECT: bool, const BACKED: bool> Fixture for StoredImage<DIRECT, BACKED> {
     fn new(capacity: u64) -> Self {
         let dir = tempfile::tempdir().unwrap();
-        let entrance = Entrance::default();
-        entrance.open(&Sandbox::new(SandboxMode::Off, &[]).unwrap());
+        let entrance = image::testing::open_entrance();
         if BACKED {
             image::testing::backed(dir.path(), capacity);
         }
@@ -790,6 +788,7 @@ impl<const DIRECT: bool, const BACKED: bool> IsStable for StoredImage<DIRECT, BA
         // A copy, for the image is locked.
         let path = self.options.path.with_extension("copy");
         fs::copy(&self.options.path, &path).unwrap();
+        image::testing::close(&path);
         let options = ImageOptions { path, read_only: true, cache: Cache::Writeback, ..self.options.clone() };
         let copy = ImageStore::open(&options, &self.entrance).unwrap();
         Rig::on(&copy, Self::ring).read(0, copy.info().capacity)

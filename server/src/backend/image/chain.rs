@@ -56,8 +56,8 @@ pub(super) struct Opened {
     pub(super) cluster_size: u32,
     /// Bytes of the blocks that the image's own file is read and written in.
     pub(super) file_block_size: usize,
-    /// Whether parts of it can be freed.
-    pub(super) discard: bool,
+    /// The file of an image that is to be marked while it is open.
+    pub(super) to_mark: Option<LayerFile>,
 }
 
 /// Opens an image and its chain.
@@ -100,21 +100,24 @@ impl Chain {
                 let capacity = file.len();
                 let image = guarded(|| Raw::open_image(file, access == Access::Exclusive)).map_err(error)?;
                 let image = FormatAccess::new(image);
-                Ok(Opened { image, capacity, cluster_size: 0, file_block_size, discard: false })
+                Ok(Opened { image, capacity, cluster_size: 0, file_block_size, to_mark: None })
             }
             LayerFormat::Qcow2 => {
                 let header = Header::read(&file).map_err(error)?;
+                let write = access == Access::Exclusive;
+                if write && header.version < 3 {
+                    return Err(error(ImageFailure::OldVersion));
+                }
                 let backing = header.backing.as_ref().map(|(name, format)| {
                     self.open(&beside(path, name), Some(path), *format, Access::Shared).map(|below| below.image)
                 });
                 let backing = backing.transpose()?;
-                let write = access == Access::Exclusive;
+                let to_mark = write.then(|| file.clone());
                 let mut image: Qcow2<LayerFile> = guarded(|| Qcow2::open_image(file, write)).map_err(error)?;
                 image.set_data_file(None);
                 image.set_backing(backing);
                 let (capacity, cluster_size) = (header.size, header.cluster_size);
-                let discard = write && header.zero_clusters;
-                Ok(Opened { image: FormatAccess::new(image), capacity, cluster_size, file_block_size, discard })
+                Ok(Opened { image: FormatAccess::new(image), capacity, cluster_size, file_block_size, to_mark })
             }
             LayerFormat::Vmdk => {
                 if access == Access::Exclusive {
@@ -125,7 +128,7 @@ impl Chain {
                 let image = FormatAccess::new(image);
                 let capacity = image.size();
                 check_size(capacity).map_err(error)?;
-                Ok(Opened { image, capacity, cluster_size: 0, file_block_size, discard: false })
+                Ok(Opened { image, capacity, cluster_size: 0, file_block_size, to_mark: None })
             }
         }
     }

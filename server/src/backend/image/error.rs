@@ -43,7 +43,9 @@ pub enum ImageFailure {
     )]
     Damaged(String),
     /// Its last user did not close it, and its reference counts may be wrong.
-    #[error("the qcow2 image was not closed (dirty bit): mend it with qemu-img check -r all")]
+    #[error(
+        "the qcow2 image was not closed, and its reference counts may be wrong: make them anew with qemu-img check -r all"
+    )]
     Dirty,
     /// Its last user found it broken.
     #[error("the qcow2 image is marked as corrupt: mend it with qemu-img check -r all, or take a copy")]
@@ -73,6 +75,12 @@ pub enum ImageFailure {
     /// A format that we only read.
     #[error("images of this format can be read, and not written: say read_only = true")]
     ReadOnlyFormat,
+    /// A version without a mark for images that were not closed.
+    #[error(
+        "a qcow2 image of version 2 can be read, and not written, for it cannot say that it was not closed: make version 3 of \
+         it with qemu-img amend -f qcow2 -o compat=1.1 IMAGE, or say read_only = true"
+    )]
+    OldVersion,
     /// A format that we do not create.
     #[error("there is no such file; a size creates qcow2 images only, unless they are to be read-only")]
     Missing,

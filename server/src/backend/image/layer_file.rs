@@ -4,6 +4,7 @@ use std::fs::{File, OpenOptions};
 use std::io::{self, IoSlice, IoSliceMut};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::{fmt, fs};
 
@@ -24,9 +25,12 @@ const MAX_PIECES: usize = 1024;
 /// Zeroes, aligned.
 static ZEROES: Page = Page::ZERO;
 
-/// An open file, or block device, which is locked.
+/// An open file, or block device, which is locked. Clones are the same one.
+#[derive(Clone, Debug)]
+pub(super) struct LayerFile(Arc<Opened>);
+
 #[derive(Debug)]
-pub(super) struct LayerFile {
+struct Opened {
     file: File,
     path: PathBuf,
     identity: (u64, u64),
@@ -97,7 +101,7 @@ impl LayerFile {
         } else {
             (1, 1)
         };
-        Ok(Self {
+        Ok(Self(Arc::new(Opened {
             path: path.to_owned(),
             identity: identity(&metadata),
             memory_alignment,
@@ -107,7 +111,7 @@ impl LayerFile {
             order: CommonStorageHelper::default(),
             file,
             _lock: lock,
-        })
+        })))
     }
 
     /// What no other file than the one at `path` has; `None` if there is none.
@@ -117,22 +121,22 @@ impl LayerFile {
 
     /// What no other file has.
     pub(super) fn identity(&self) -> (u64, u64) {
-        self.identity
+        self.0.identity
     }
 
     pub(super) fn len(&self) -> u64 {
-        self.size.load(Ordering::Relaxed)
+        self.0.size.load(Ordering::Relaxed)
     }
 
     /// Bytes of the blocks that it is read and written in.
     pub(super) fn block_size(&self) -> usize {
-        self.offset_alignment
+        self.0.offset_alignment
     }
 
     fn fallocate(&self, how: FallocateFlags, offset: u64, len: u64) -> io::Result<()> {
         let range = i64::try_from(offset).and_then(|offset| Ok((offset, i64::try_from(len)?)));
         let (offset, len) = range.map_err(|_| io::Error::from(io::ErrorKind::InvalidInput))?;
-        let result = fallocate(&self.file, how | FallocateFlags::FALLOC_FL_KEEP_SIZE, offset, len);
+        let result = fallocate(&self.0.file, how | FallocateFlags::FALLOC_FL_KEEP_SIZE, offset, len);
         result.map_err(|errno| match errno {
             // The callers' word for "do it otherwise".
             Errno::EOPNOTSUPP | Errno::ENOSYS | Errno::ENODEV => io::ErrorKind::Unsupported.into(),
@@ -146,7 +150,7 @@ impl LayerFile {
             return Ok(());
         }
         // By a write, for another thread may write behind it: a length that is set might take that away.
-        let (zeroes, _) = ZEROES.0.split_at(self.offset_alignment.min(MAX_ALIGNMENT));
+        let (zeroes, _) = ZEROES.0.split_at(self.0.offset_alignment.min(MAX_ALIGNMENT));
         let at = end.saturating_sub(zeroes.len() as u64);
         // SAFETY: the zeroes are static, aligned as direct I/O may ask for, and a multiple of its block; the block is the
         // caller's.
@@ -174,11 +178,11 @@ fn uninterrupted(mut call: impl FnMut() -> nix::Result<usize>) -> io::Result<u64
 
 impl Storage for LayerFile {
     fn mem_align(&self) -> usize {
-        self.memory_alignment
+        self.0.memory_alignment
     }
 
     fn req_align(&self) -> usize {
-        self.offset_alignment
+        self.0.offset_alignment
     }
 
     fn size(&self) -> io::Result<u64> {
@@ -186,11 +190,11 @@ impl Storage for LayerFile {
     }
 
     fn resolve_relative_path<P: AsRef<Path>>(&self, relative: P) -> io::Result<PathBuf> {
-        Ok(beside(&self.path, relative.as_ref()))
+        Ok(beside(&self.0.path, relative.as_ref()))
     }
 
     fn get_filename(&self) -> Option<PathBuf> {
-        Some(self.path.clone())
+        Some(self.0.path.clone())
     }
 
     unsafe fn pure_readv(&self, mut buffers: IoVectorMut<'_>, mut at: u64) -> io::Result<()> {
@@ -199,7 +203,7 @@ impl Storage for LayerFile {
             let mut slices: Vec<IoSliceMut<'_>> = buffers.into_inner();
             let count = slices.len().min(MAX_PIECES);
             let (first, _) = slices.split_at_mut(count);
-            let len = uninterrupted(|| preadv(&self.file, first, place))?;
+            let len = uninterrupted(|| preadv(&self.0.file, first, place))?;
             buffers = IoVectorMut::from(slices);
             if len == 0 {
                 // The end of the file: what lies behind it is zero.
@@ -217,12 +221,12 @@ impl Storage for LayerFile {
             let place = offset(at)?;
             let slices: Vec<IoSlice<'_>> = buffers.into_inner();
             let (first, _) = slices.split_at(slices.len().min(MAX_PIECES));
-            let len = uninterrupted(|| pwritev(&self.file, first, place))?;
+            let len = uninterrupted(|| pwritev(&self.0.file, first, place))?;
             if len == 0 {
                 return Err(io::ErrorKind::WriteZero.into());
             }
             at = at.saturating_add(len);
-            self.size.fetch_max(at, Ordering::Relaxed);
+            self.0.size.fetch_max(at, Ordering::Relaxed);
             buffers = IoVector::from(slices).split_tail_at(len);
         }
         Ok(())
@@ -249,7 +253,7 @@ impl Storage for LayerFile {
     }
 
     fn sync(&self) -> io::Result<()> {
-        self.file.sync_data()
+        self.0.file.sync_data()
     }
 
     /// A write is over when it returns.
@@ -262,15 +266,15 @@ impl Storage for LayerFile {
     }
 
     fn get_storage_helper(&self) -> &CommonStorageHelper {
-        &self.order
+        &self.0.order
     }
 
     fn resize(&self, new_size: u64, _: PreallocateMode) -> io::Result<()> {
-        if !self.resizable {
+        if !self.0.resizable {
             return Err(io::ErrorKind::Unsupported.into());
         }
-        self.file.set_len(new_size)?;
-        self.size.store(new_size, Ordering::Relaxed);
+        self.0.file.set_len(new_size)?;
+        self.0.size.store(new_size, Ordering::Relaxed);
         Ok(())
     }
 
@@ -282,7 +286,7 @@ impl Storage for LayerFile {
 
 impl fmt::Display for LayerFile {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}", self.path.display())
+        write!(f, "{}", self.0.path.display())
     }
 }
 

@@ -5,20 +5,26 @@
 //! Rust's slices, lies memory of our own that the data is copied through.
 
 mod chain;
+mod dirty_bit;
 mod error;
 mod layer_file;
 mod qcow2_header;
 #[cfg(test)]
 pub(super) mod testing;
+#[cfg(test)]
+mod tests;
 
 use std::io;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
-use std::sync::{Mutex, PoisonError, RwLock, RwLockReadGuard};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use imago::io_buffers::IoBuffer;
 
 use chain::{Image, LayerFormat, Opened};
+use dirty_bit::DirtyBit;
 pub use error::{ImageError, ImageFailure};
 
 use super::file::{Cache, OpenFailure};
@@ -100,7 +106,14 @@ impl ImageStore {
         if let Some(wanted) = options.size.filter(|wanted| *wanted != found) {
             return Err(error(OpenFailure::SizeDiffers { found, wanted }.into()));
         }
-        let disk = Disk { image: RwLock::new(opened.image), pieces: Mutex::default() };
+        let mark = opened.to_mark.map(DirtyBit::set).transpose();
+        let mark = mark.map_err(|reason| error(ImageFailure::Format(reason)))?;
+        let disk = Disk {
+            image: RwLock::new(opened.image),
+            pieces: Mutex::default(),
+            mark,
+            half_done: AtomicBool::new(false),
+        };
         let threads = Threads::start(disk, &name(path), THREADS, entrance);
         Ok(Self { threads: threads.map_err(|reason| error(ImageFailure::Threads(reason)))?, info })
     }
@@ -120,8 +133,8 @@ fn info(opened: &Opened, read_only: bool) -> StoreInfo {
         physical_block_size: PREFERRED.max(block_size),
         optimal_io_size: if opened.cluster_size.is_multiple_of(block_size) { opened.cluster_size } else { 0 },
         read_only,
-        discard: opened.discard,
-        write_zeroes_unmap: opened.discard,
+        discard: opened.to_mark.is_some(),
+        write_zeroes_unmap: opened.to_mark.is_some(),
     }
 }
 
@@ -147,6 +160,10 @@ struct Disk {
     image: RwLock<Image>,
     /// Memory for the next operations, as much as threads have used at the same time.
     pieces: Mutex<Vec<IoBuffer>>,
+    /// Where the image is open to be written.
+    mark: Option<DirtyBit>,
+    /// An operation has panicked.
+    half_done: AtomicBool,
 }
 
 impl Disk {
@@ -169,25 +186,8 @@ impl Disk {
         Ok(())
     }
 
-    fn write_zeroes(&self, offset: u64, len: u64, unmap: bool) -> io::Result<()> {
-        let mut alone = self.image.write().unwrap_or_else(PoisonError::into_inner);
-        let written = if unmap { alone.discard_to_zero(offset, len) } else { alone.write_zeroes(offset, len) };
-        drop(alone);
-        match written {
-            // Version 2 has no clusters of zeroes.
-            Err(error) if error.kind() == io::ErrorKind::Unsupported => self.in_pieces(len, |piece, done| {
-                piece.fill(0);
-                self.image().write(&*piece, offset.saturating_add(done))
-            }),
-            written => written,
-        }
-    }
-
-    fn discard(&self, offset: u64, len: u64) -> io::Result<()> {
-        match self.image.write().unwrap_or_else(PoisonError::into_inner).discard_to_any(offset, len) {
-            Err(error) if error.kind() == io::ErrorKind::Unsupported => Ok(()),
-            discarded => discarded,
-        }
+    fn alone(&self) -> RwLockWriteGuard<'_, Image> {
+        self.image.write().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn flush(&self) -> io::Result<()> {
@@ -199,6 +199,7 @@ impl Disk {
 
 impl Execute for Disk {
     fn execute(&self, io: &Io) -> io::Result<()> {
+        let _watch = Watch(&self.half_done);
         let durable = match io.op {
             Op::Read { offset } => {
                 return self.in_pieces(io.buffers.len(), |piece, done| {
@@ -215,12 +216,38 @@ impl Execute for Disk {
                 durable
             }
             Op::WriteZeroes { offset, len, unmap, durable } => {
-                self.write_zeroes(offset, len, unmap)?;
+                let mut image = self.alone();
+                if unmap { image.discard_to_zero(offset, len) } else { image.write_zeroes(offset, len) }?;
                 durable
             }
-            Op::Discard { offset, len } => return self.discard(offset, len),
+            Op::Discard { offset, len } => return self.alone().discard_to_any(offset, len),
             Op::Flush => true,
         };
         if durable { self.flush() } else { Ok(()) }
+    }
+}
+
+/// Sees an operation panic.
+struct Watch<'a>(&'a AtomicBool);
+
+impl Drop for Watch<'_> {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            self.0.store(true, Ordering::Relaxed);
+        }
+    }
+}
+
+impl Drop for Disk {
+    /// Closes the image, on the last of its threads. One that may be wrong stays marked.
+    fn drop(&mut self) {
+        let Some(mark) = &self.mark else { return };
+        if self.half_done.load(Ordering::Relaxed) {
+            return;
+        }
+        let closed = catch_unwind(AssertUnwindSafe(|| self.flush().and_then(|()| mark.clear())));
+        if !matches!(closed, Ok(Ok(()))) {
+            log::error!("{}: cannot close the image: {closed:?}", self.image());
+        }
     }
 }

@@ -46,8 +46,8 @@ pub(super) struct Header {
     pub(super) size: u64,
     /// Bytes.
     pub(super) cluster_size: u32,
-    /// Whether it has clusters of zeroes (version 3).
-    pub(super) zero_clusters: bool,
+    /// 2 or 3.
+    pub(super) version: u32,
     pub(super) backing: Option<(PathBuf, LayerFormat)>,
 }
 
@@ -84,12 +84,12 @@ impl Header {
             return Err(ImageFailure::NotQcow2);
         }
         let (version, bits) = (header.u32(4), header.u32(20));
-        if !(2..=3).contains(&version) {
-            return Err(ImageFailure::Unsupported(format!("version {version} of the format")));
-        }
-        let least = if version == 2 { LEN_V2 } else { LEN_V3 };
+        let least = if version == 3 { LEN_V3 } else { LEN_V2 };
         if file.len() < least as u64 {
             return damaged(format!("the file ends within its header, after {} bytes", file.len()));
+        }
+        if !(2..=3).contains(&version) {
+            return Err(ImageFailure::Unsupported(format!("version {version} of the format")));
         }
         if !CLUSTER_BITS.contains(&bits) {
             return damaged(format!("its clusters cannot have 2^{bits} bytes"));
@@ -126,7 +126,7 @@ impl Header {
         Table { name: "refcount table", at: header.u64(48), len, mask: REFCOUNT_OFFSET }.check(file, cluster)?;
         let extensions = if version == 2 { LEN_V2 as u64 } else { u64::from(header.u32(100)) };
         let backing = backing(file, &header, extensions, cluster)?;
-        Ok(Self { size, cluster_size: cluster as u32, zero_clusters: version == 3, backing })
+        Ok(Self { size, cluster_size: cluster as u32, version, backing })
     }
 }
 

@@ -1,12 +1,15 @@
 //! Images for tests.
 
 use std::fs::{self, File};
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use imago::FormatCreateBuilder;
 use imago::qcow2::{Qcow2, Qcow2CreateBuilder};
 
 use super::layer_file::LayerFile;
+use crate::config::SandboxMode;
+use crate::sandbox::{Entrance, Sandbox};
 
 /// A qcow2 image of so many bytes, with what else is asked for.
 pub(super) fn qcow2(
@@ -25,4 +28,20 @@ pub(in crate::backend) fn backed(folder: &Path, size: u64) {
     qcow2(&folder.join("middle"), size, |image| image.backing("base".into(), "raw".into()));
     qcow2(&folder.join("image"), size, |image| image.backing("middle".into(), "qcow2".into()));
     assert!(fs::metadata(folder.join("image")).unwrap().len() > 0);
+}
+
+/// Takes the mark of an image that is open from a copy of it.
+pub(in crate::backend) fn close(path: &Path) {
+    let file = File::options().read(true).write(true).open(path).unwrap();
+    let mut byte = [0xff];
+    file.read_exact_at(&mut byte, 79).unwrap();
+    assert_eq!(byte, [1], "an image that is open to be written is marked");
+    file.write_all_at(&[0], 79).unwrap();
+}
+
+/// The way into no sandbox.
+pub(in crate::backend) fn open_entrance() -> Entrance {
+    let entrance = Entrance::default();
+    entrance.open(&Sandbox::new(SandboxMode::Off, &[]).unwrap());
+    entrance
 }
