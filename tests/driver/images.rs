@@ -59,7 +59,7 @@ fn random_bytes(seed: u64, len: u64) -> Vec<u8> {
 }
 
 /// Random operations of all kinds on a disk that holds `disk`, which is changed as the disk is to be.
-fn random_operations(queue: &mut BlockQueue, disk: &mut [u8], seed: u64, count: usize) {
+pub(crate) fn random_operations(queue: &mut BlockQueue, disk: &mut [u8], seed: u64, count: usize) {
     let mut random = Random::new(seed);
     let sectors = (disk.len() / SECTOR) as u64;
     for n in 0..count {

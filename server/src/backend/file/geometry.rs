@@ -42,6 +42,8 @@ pub(in crate::backend) struct Device {
     pub(super) optimal_io_size: u32,
     /// Whether it can free blocks such that they read as zeroes.
     pub(super) frees: bool,
+    /// Whether it can free blocks such that they read as anything.
+    pub(super) discards: bool,
 }
 
 impl Device {
@@ -61,14 +63,16 @@ impl Device {
             logical_block_size: u32::try_from(logical).unwrap_or(SECTOR as u32),
             physical_block_size: physical,
             optimal_io_size: optimal,
-            frees: frees(metadata.rdev()),
+            frees: has_limit(metadata.rdev(), "write_zeroes_max_bytes"),
+            discards: has_limit(metadata.rdev(), "discard_max_bytes"),
         })
     }
 }
 
-/// Whether a hole that is punched in the device reaches it as "write zeroes, and unmap".
-fn frees(device: u64) -> bool {
-    queue_attribute(device, "write_zeroes_max_bytes").is_some_and(|bytes| bytes > 0)
+/// Whether the device does at least something of what this is the limit of. A hole that is punched in it reaches it as
+/// "write zeroes, and unmap".
+fn has_limit(device: u64, name: &str) -> bool {
+    queue_attribute(device, name).is_some_and(|bytes| bytes > 0)
 }
 
 /// Whether the device has polled queues; `None` if it does not say, as file systems with devices of their own do not.

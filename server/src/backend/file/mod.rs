@@ -80,6 +80,8 @@ struct Opened {
     info: StoreInfo,
     fixed_buffers: bool,
     iopoll: bool,
+    /// Whether it is no block device that discards, or the kernel has no way to ask for that (before Linux 6.12).
+    no_discard: AtomicBool,
     /// Whether the file has said that it cannot free bytes.
     no_punch_hole: AtomicBool,
     /// Whether the file has said that it cannot zero bytes.

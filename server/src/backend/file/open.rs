@@ -63,18 +63,20 @@ impl Opened {
                 Some(device) => device.frees,
                 None => can_punch_holes(&file, capacity),
             };
+        let discards = !options.read_only && device.as_ref().is_some_and(|device| device.discards);
         let info = StoreInfo {
             capacity,
             block_size,
             physical_block_size: if preferred.is_power_of_two() { preferred.max(block_size) } else { block_size },
             optimal_io_size: if optimal.is_multiple_of(block_size) { optimal } else { 0 },
             read_only: options.read_only,
-            discard: frees,
+            discard: frees || discards,
             write_zeroes_unmap: frees,
         };
         let (no_punch_hole, no_zero_range) = (AtomicBool::new(!frees), AtomicBool::new(false));
+        let no_discard = AtomicBool::new(!discards);
         let (fixed_buffers, iopoll) = (options.fixed_buffers, options.iopoll);
-        Ok(Self { file, direct, info, fixed_buffers, iopoll, no_punch_hole, no_zero_range, _lock: lock })
+        Ok(Self { file, direct, info, fixed_buffers, iopoll, no_discard, no_punch_hole, no_zero_range, _lock: lock })
     }
 }
 

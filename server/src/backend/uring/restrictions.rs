@@ -8,9 +8,9 @@ use std::io;
 
 use io_uring::register::Restriction;
 use io_uring::squeue::Flags;
-use io_uring::{IoUring, opcode};
+use io_uring::{IoUring, Probe, opcode};
 
-/// To move bytes of files that are open. None makes a descriptor.
+/// To move bytes of files that are open, and to discard blocks of block devices. None makes a descriptor.
 const OPERATIONS: &[u8] = &[
     opcode::Read::CODE,
     opcode::Write::CODE,
@@ -22,6 +22,7 @@ const OPERATIONS: &[u8] = &[
     opcode::WritevFixed::CODE,
     opcode::Fsync::CODE,
     opcode::Fallocate::CODE,
+    opcode::UringCmd16::CODE,
     #[cfg(test)]
     opcode::Nop::CODE,
 ];
@@ -40,7 +41,11 @@ const REGISTRATIONS: [u8; 5] = [
 /// # Errors
 /// If the kernel refuses.
 pub(super) fn enable(kernel: &IoUring) -> io::Result<()> {
-    let operations = OPERATIONS.iter().map(|operation| Restriction::sqe_op(*operation));
+    // An operation that the kernel does not know it does not let be named.
+    let mut known = Probe::new();
+    kernel.submitter().register_probe(&mut known)?;
+    let operations = OPERATIONS.iter().filter(|operation| known.is_supported(**operation));
+    let operations = operations.map(|operation| Restriction::sqe_op(*operation));
     let registrations = REGISTRATIONS.map(Restriction::register_op);
     let flags = Restriction::sqe_flags_allowed(Flags::FIXED_FILE.bits());
     let mut all: Vec<_> = operations.chain(registrations).chain([flags]).collect();
