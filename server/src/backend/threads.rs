@@ -9,13 +9,13 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::Instant;
 
-use crossbeam::channel::{Receiver, Sender, bounded, unbounded};
+use crossbeam::channel::{Receiver, Sender, bounded, select, unbounded};
 use virtio::memory::PinnedBuffers;
 
 use super::immediate::Execute;
 use super::uring::{Elsewhere, Uring, Waker};
 use super::{Backend, Completion, Full, Io, Op};
-use crate::sandbox::{Entrance, ThreadKind};
+use crate::sandbox::{Entrance, Sandbox, ThreadKind};
 
 /// Operations in flight on one backend, at most, as on a ring.
 const SLOTS: usize = 1024;
@@ -54,9 +54,9 @@ impl Threads {
         let mut all = Self { jobs: Some(jobs), threads: Vec::new() };
         let shared = Arc::new(Shared { name: name.to_owned(), store, broken: AtomicBool::new(false) });
         for index in 0..count {
-            let (shared, queue, entrance) = (Arc::clone(&shared), queue.clone(), entrance.clone());
+            let (shared, queue, sandbox) = (Arc::clone(&shared), queue.clone(), entrance.queue_up());
             let thread = thread::Builder::new().name(format!("store-{index}"));
-            all.threads.push(thread.spawn(move || shared.serve(&queue, &entrance))?);
+            all.threads.push(thread.spawn(move || shared.serve(&queue, &sandbox))?);
         }
         Ok(all)
     }
@@ -92,13 +92,23 @@ fn gone() -> io::Error {
 }
 
 impl<S: Execute> Shared<S> {
-    fn serve(&self, queue: &Receiver<Job>, entrance: &Entrance) {
-        let mut outside = true;
-        while let Ok(job) = queue.recv() {
-            if outside {
-                entrance.enter_as(ThreadKind::Store);
-                outside = false;
-            }
+    fn serve(&self, queue: &Receiver<Job>, sandbox: &Receiver<Sandbox>) {
+        let mut first = None;
+        let entered = select! {
+            recv(sandbox) -> sandbox => sandbox,
+            recv(queue) -> job => match job {
+                // It has to wait.
+                Ok(job) => {
+                    first = Some(job);
+                    sandbox.recv()
+                }
+                Err(gone) => Err(gone),
+            },
+        };
+        // Else the store is given up before there is a sandbox.
+        let Ok(sandbox) = entered else { return };
+        sandbox.enter_as(ThreadKind::Store);
+        while let Some(job) = first.take().or_else(|| queue.recv().ok()) {
             match job {
                 Job::Do(io, desk) => desk.receive(io, |io| self.execute(io)),
                 Job::Flush(done) => {
@@ -246,7 +256,6 @@ mod tests {
     use super::*;
     use crate::backend::contract::Guest;
     use crate::config::SandboxMode;
-    use crate::sandbox::Sandbox;
 
     /// Guards against hanging only.
     const LIMIT: Duration = Duration::from_secs(60);
@@ -309,6 +318,15 @@ mod tests {
         made.store(true, Ordering::SeqCst);
         entrance.open(&Sandbox::new(SandboxMode::Off, &[]).unwrap());
         assert!(wait(&ring, &mut *backend).pop().unwrap().result.is_ok());
+    }
+
+    #[test]
+    fn a_store_that_is_given_up_before_there_is_a_sandbox_ends() {
+        let entrance = Entrance::default();
+        drop(slow(3, &entrance).0);
+        let threads = slow(3, &entrance).0;
+        drop(entrance);
+        drop(threads);
     }
 
     #[test]
