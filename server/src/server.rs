@@ -18,7 +18,7 @@ use crate::config::{Cache, DeviceConfig, Doorbell, InvalidDevice, InvalidServer,
 use crate::device::Device;
 use crate::doorbell_page::DoorbellPage;
 use crate::listener::{ListenError, Listener};
-use crate::sandbox::{Sandbox, SandboxError, ThreadKind};
+use crate::sandbox::{Entrance, Sandbox, SandboxError, ThreadKind};
 use crate::session::{Session, Stop};
 use crate::store::{self, StoreError};
 use crate::worker::{Pool, PoolError, WorkerPlan};
@@ -129,13 +129,16 @@ impl Server {
         outlive_lost_memory().map_err(OpenError::Threads)?;
         let stop = Arc::new(Stop::new().map_err(OpenError::Threads)?);
         // All or nothing: the sockets appear once every store is open.
-        let mut devices: Vec<_> = config.devices.iter().map(open_device).collect::<Result<_, _>>()?;
+        let entrance = Entrance::default();
+        let mut devices: Vec<_> =
+            config.devices.iter().map(|device| open_device(device, &entrance)).collect::<Result<_, _>>()?;
         let listeners: Vec<_> = config.devices.iter().map(Listener::bind).collect::<Result<_, _>>()?;
         // From here on threads only serve what is open.
         let folders: Vec<_> = listeners.iter().filter_map(|listener| listener.path().parent()).collect();
         let services: Vec<_> = devices.iter_mut().filter_map(|(.., service)| service.take()).collect();
         let ports: Vec<_> = services.iter().flat_map(|service| service.ports.iter().copied()).collect();
         let sandbox = Sandbox::new(config.sandbox.unwrap_or_default(), &folders, &ports)?;
+        entrance.open(&sandbox);
         services.into_iter().try_for_each(|service| start_service(service, &sandbox)).map_err(OpenError::Threads)?;
         let pool = Arc::new(Pool::new(worker_plans(config), &sandbox)?);
         let mut server = Self { sessions: Vec::new(), stop: Arc::clone(&stop), sandbox: sandbox.clone() };
@@ -204,18 +207,18 @@ fn worker_plans(config: &ServerConfig) -> impl Iterator<Item = WorkerPlan> {
 fn start_service(service: Service, sandbox: &Sandbox) -> io::Result<()> {
     let sandbox = sandbox.clone();
     let run = move || {
-        sandbox.enter_as(ThreadKind::Store);
+        sandbox.enter_as(ThreadKind::Connector);
         (service.run)();
     };
     thread::Builder::new().name("store".into()).stack_size(STORE_STACK).spawn(run).map(drop)
 }
 
-fn open_device(config: &DeviceConfig) -> Result<(Device, String, Option<Service>), OpenError> {
+fn open_device(config: &DeviceConfig, entrance: &Entrance) -> Result<(Device, String, Option<Service>), OpenError> {
     let socket_path = || config.socket_path.clone();
     let invalid = |source| OpenError::Invalid { socket_path: socket_path(), source };
     config.check().map_err(invalid)?;
     let limits = config.limits().map_err(invalid)?;
-    let store = store::open(config)?;
+    let store = store::open(config, entrance)?;
     let info = store.info();
     let store_service = store.service();
     let queues = config.num_queues().min(store.max_queues());

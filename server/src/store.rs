@@ -7,11 +7,13 @@ use std::time::Duration;
 
 use crate::backend::Store;
 use crate::backend::file::{self, FileOptions, FileStore};
+use crate::backend::image::{Format, ImageError, ImageOptions, ImageStore};
 use crate::backend::memory::MemoryStore;
 use crate::backend::nbd::{NbdError, NbdOptions, NbdStore};
 use crate::backend::null::NullStore;
 use crate::backend::uring::{Uring, UringError, Waker};
 use crate::config::{Cache, DeviceConfig, InvalidDevice, Size, StoreKind};
+use crate::sandbox::Entrance;
 
 /// Why a store cannot be opened.
 #[derive(Debug, thiserror::Error)]
@@ -20,6 +22,9 @@ pub enum StoreError {
     /// The file or block device.
     #[error(transparent)]
     File(#[from] file::OpenError),
+    /// The image, or a file that it is made of.
+    #[error(transparent)]
+    Image(#[from] ImageError),
     /// A file store without io_uring.
     #[error("{}: {source}", blk_file.display())]
     Uring {
@@ -57,11 +62,11 @@ pub enum StoreError {
     },
 }
 
-/// Opens it.
+/// Opens it. Threads that it starts do nothing before `entrance` is open.
 ///
 /// # Errors
 /// What cannot be had, and how to have it.
-pub(crate) fn open(config: &DeviceConfig) -> Result<Arc<dyn Store>, StoreError> {
+pub(crate) fn open(config: &DeviceConfig, entrance: &Entrance) -> Result<Arc<dyn Store>, StoreError> {
     let size = config.size_or_default();
     let disk = |source| StoreError::Disk { socket_path: config.socket_path.clone(), size: Size(size), source };
     Ok(match (config.store_kind(), &config.blk_file) {
@@ -73,17 +78,23 @@ pub(crate) fn open(config: &DeviceConfig) -> Result<Arc<dyn Store>, StoreError> 
             Arc::new(FileStore::open(&FileOptions {
                 path: path.clone(),
                 read_only: config.read_only,
-                cache: match config.cache() {
-                    Cache::None => file::Cache::None,
-                    Cache::Writeback => file::Cache::Writeback,
-                    Cache::Writethrough => file::Cache::Writethrough,
-                },
+                cache: cache(config),
                 size: config.size.map(|size| size.0),
                 fixed_buffers: config.fixed_buffers,
                 iopoll: config.iopoll,
             })?)
         }
         (StoreKind::Nbd, _) => open_nbd(config)?,
+        (kind @ (StoreKind::Qcow2 | StoreKind::Vmdk), Some(path)) => {
+            let options = ImageOptions {
+                path: path.clone(),
+                format: if kind == StoreKind::Qcow2 { Format::Qcow2 } else { Format::Vmdk },
+                read_only: config.read_only,
+                cache: cache(config),
+                size: config.size.map(|size| size.0),
+            };
+            Arc::new(ImageStore::open(&options, entrance)?)
+        }
         _ => Arc::new(MemoryStore::new(size).map_err(disk)?),
     })
 }
@@ -102,12 +113,22 @@ fn open_nbd(config: &DeviceConfig) -> Result<Arc<dyn Store>, StoreError> {
     })?))
 }
 
+fn cache(config: &DeviceConfig) -> file::Cache {
+    match config.cache() {
+        Cache::None => file::Cache::None,
+        Cache::Writeback => file::Cache::Writeback,
+        Cache::Writethrough => file::Cache::Writethrough,
+    }
+}
+
 /// What it is, in a few words.
 pub(crate) fn describe(config: &DeviceConfig) -> String {
     match (config.store_kind(), &config.blk_file) {
         (StoreKind::Null, _) => "null".to_owned(),
         (StoreKind::File, Some(path)) => path.display().to_string(),
         (StoreKind::Nbd, _) => config.nbd_uri.as_ref().map(ToString::to_string).unwrap_or_default(),
+        (StoreKind::Qcow2, Some(path)) => format!("{} (qcow2)", path.display()),
+        (StoreKind::Vmdk, Some(path)) => format!("{} (vmdk)", path.display()),
         _ => "memory".to_owned(),
     }
 }

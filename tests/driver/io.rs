@@ -16,7 +16,7 @@ const PACKED: u64 = BlockOptions::PACKED;
 const IN_ORDER: u64 = BlockOptions::IN_ORDER;
 
 /// Each queue on a thread of its own, on sectors of its own.
-fn run_all(machine: &mut Machine, workload: &Workload) {
+pub(crate) fn run_all(machine: &mut Machine, workload: &Workload) {
     let Machine { memory, queues, .. } = machine;
     thread::scope(|scope| {
         for (index, queue) in queues.iter_mut().enumerate() {

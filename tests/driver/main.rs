@@ -7,11 +7,13 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a failure is the result of a test")]
 
 mod binary;
+mod block_devices;
 mod crash;
 mod disconnect;
 mod dma;
 mod faults;
 mod hostile;
+mod images;
 mod interrupts;
 mod io;
 mod live;

@@ -34,13 +34,20 @@ fn with(folder: &Path, more: &[&str]) -> Vec<String> {
 
 #[test]
 fn every_thread_has_given_up_what_it_can() {
+    let own: [(&str, &[&str]); 2] = [("file", &[]), ("qcow2", &["store-0", "store-7"])];
+    for (store, own) in own {
+        every_thread_of_a_store_has_given_up_what_it_can(store, own);
+    }
+}
+
+fn every_thread_of_a_store_has_given_up_what_it_can(store: &str, own: &[&str]) {
     let server = Served::start(|folder| {
-        with(folder, &["--blk-file", folder.join("disk.img").to_str().unwrap(), "--cache", "none"])
+        with(folder, &["--store", store, "--blk-file", folder.join("disk").to_str().unwrap(), "--cache", "none"])
     });
     let mut machine = Machine::new(server.client(), &BlockOptions::default());
     exercise(&mut machine.queues);
     let names: Vec<_> = threads(&server, "Seccomp").into_iter().map(|(name, _)| name).collect();
-    for name in ["vfio-user-blk", "signals", "session-0", "worker-0", "worker-1"] {
+    for name in ["vfio-user-blk", "signals", "session-0", "worker-0", "worker-1"].iter().chain(own) {
         assert!(names.iter().any(|found| found == name), "{names:?}");
     }
     const NONE: &str = "0000000000000000";

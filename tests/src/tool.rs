@@ -25,6 +25,8 @@ pub enum Tool {
     Nbdkit,
     /// nbd-server, the oldest of them.
     NbdServer,
+    /// qemu-img, which makes, checks and converts images.
+    QemuImg,
 }
 
 impl Tool {
@@ -42,7 +44,7 @@ impl Tool {
         match self {
             // The launcher starts its tools from there.
             Self::Valgrind => command.env("VALGRIND_LIB", tree.path("usr/libexec/valgrind")),
-            Self::QemuStorageDaemon | Self::QemuNbd => {
+            Self::QemuStorageDaemon | Self::QemuNbd | Self::QemuImg => {
                 command.env("QEMU_MODULE_DIR", tree.path("usr/lib/x86_64-linux-gnu/qemu"))
             }
             Self::Fio | Self::Nbdkit | Self::NbdServer => &mut command,
@@ -89,6 +91,7 @@ impl Tool {
             Self::QemuNbd => "qemu-nbd",
             Self::Nbdkit => "nbdkit",
             Self::NbdServer => "nbd-server",
+            Self::QemuImg => "qemu-img",
         }
     }
 
@@ -101,6 +104,7 @@ impl Tool {
             Self::QemuNbd => (&["qemu-utils"], Suite::TrixieBackports, "usr/bin/qemu-nbd"),
             Self::Nbdkit => (&["nbdkit"], Suite::Trixie, "usr/bin/nbdkit"),
             Self::NbdServer => (&["nbd-server"], Suite::Trixie, "usr/bin/nbd-server"),
+            Self::QemuImg => (&["qemu-utils"], Suite::Trixie, "usr/bin/qemu-img"),
         };
         (Packages { names, suite, architecture: Architecture::Amd64 }, program)
     }

@@ -18,12 +18,14 @@ use proptest::prelude::*;
 use virtio::memory::{Access, GuestMemory, Mapping, MemoryFile, PinnedBuffers, Release, SharedTable};
 
 use super::file::{Cache, FileOptions, FileStore};
+use super::image::{self, ImageOptions, ImageStore};
 use super::memory::MemoryStore;
 use super::nbd::NbdStore;
 use super::nbd::testing::{Conduct, Server};
 use super::null::NullStore;
 use super::uring::{SqPoll, Uring, UringOptions, Waker};
 use super::{Backend, Completion, Full, Io, Op, Store};
+use crate::sandbox::Entrance;
 
 /// A store to be tested.
 trait Fixture {
@@ -615,6 +617,8 @@ mod stable {
         let fixture = F::new(MIB);
         let data = pattern(78, MIB);
         Rig::of(&fixture).write(0, &data, false);
+        // As at the end of a device's service.
+        fixture.store().flush().unwrap();
         assert_eq!(fixture.stored(), data);
     }
 }
@@ -781,6 +785,54 @@ impl<const STRUCTURED: bool> IsStable for Exported<STRUCTURED> {
     }
 }
 
+/// A qcow2 image in a directory of its own, past the page cache or through it; above another one, if that is said.
+struct StoredImage<const DIRECT: bool, const BACKED: bool> {
+    store: ImageStore,
+    options: ImageOptions,
+    entrance: Entrance,
+    _dir: tempfile::TempDir,
+}
+
+impl<const DIRECT: bool, const BACKED: bool> Fixture for StoredImage<DIRECT, BACKED> {
+    fn new(capacity: u64) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let entrance = image::testing::open_entrance();
+        if BACKED {
+            image::testing::backed(dir.path(), capacity);
+        }
+        let options = ImageOptions {
+            path: dir.path().join("image"),
+            format: image::Format::Qcow2,
+            read_only: false,
+            cache: if DIRECT { Cache::None } else { Cache::Writeback },
+            size: Some(capacity),
+        };
+        Self { store: ImageStore::open(&options, &entrance).unwrap(), options, entrance, _dir: dir }
+    }
+
+    fn store(&self) -> &dyn Store {
+        &self.store
+    }
+
+    fn ring(waker: &Waker) -> Uring {
+        Uring::without_kernel(waker)
+    }
+}
+
+impl<const DIRECT: bool, const BACKED: bool> KeepsBlocks for StoredImage<DIRECT, BACKED> {}
+
+impl<const DIRECT: bool, const BACKED: bool> IsStable for StoredImage<DIRECT, BACKED> {
+    fn stored(&self) -> Vec<u8> {
+        // A copy, for the image is locked.
+        let path = self.options.path.with_extension("copy");
+        fs::copy(&self.options.path, &path).unwrap();
+        image::testing::close(&path);
+        let options = ImageOptions { path, read_only: true, cache: Cache::Writeback, ..self.options.clone() };
+        let copy = ImageStore::open(&options, &self.entrance).unwrap();
+        Rig::on(&copy, Self::ring).read(0, copy.info().capacity)
+    }
+}
+
 contract! {
     memory: MemoryStore, operations blocks;
     null: NullStore, operations;
@@ -791,4 +843,7 @@ contract! {
     file_buffered_sqpoll: StoredFile<false, Submitted>, operations blocks stable;
     nbd_structured: Exported<true>, operations blocks stable;
     nbd_simple: Exported<false>, operations blocks stable;
+    qcow2_direct: StoredImage<true, false>, operations blocks stable;
+    qcow2_buffered: StoredImage<false, false>, operations blocks stable;
+    qcow2_backed: StoredImage<false, true>, operations blocks stable;
 }

@@ -25,10 +25,13 @@
 #[cfg(test)]
 pub(crate) mod contract;
 pub mod file;
+pub mod image;
 mod immediate;
+mod lock;
 pub mod memory;
 pub mod nbd;
 pub mod null;
+mod threads;
 pub mod uring;
 
 use std::io;

@@ -41,7 +41,7 @@ pub struct DeviceConfig {
     #[arg(long, value_enum)]
     pub store: Option<StoreKind>,
 
-    /// Image file or block device of the file store
+    /// Image file or block device: of the file store, or a qcow2 or VMDK image
     #[arg(long, value_name = "FILE")]
     pub blk_file: Option<PathBuf>,
 
@@ -157,6 +157,17 @@ pub enum StoreKind {
     Null,
     /// An export of an NBD server
     Nbd,
+    /// A qcow2 image, with the backing files that it names
+    Qcow2,
+    /// A VMDK image of plain extents, to be read only
+    Vmdk,
+}
+
+impl StoreKind {
+    /// Whether it lives in a file, which blk_file names.
+    fn has_file(self) -> bool {
+        matches!(self, Self::File | Self::Qcow2 | Self::Vmdk)
+    }
 }
 
 /// How a file is cached.
@@ -200,14 +211,17 @@ pub enum Doorbell {
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum InvalidDevice {
-    /// The file store without a file.
-    #[error("store = \"file\" needs blk_file, the image or block device to serve")]
+    /// A store in a file without one.
+    #[error("store = \"file\", \"qcow2\" or \"vmdk\" needs blk_file, the image or block device to serve")]
     NoFile,
     /// A file for a store that has none.
-    #[error("blk_file is for store = \"file\" only; leave it out, or leave store out")]
+    #[error("blk_file is for store = \"file\", \"qcow2\" and \"vmdk\" only; leave it out, or leave store out")]
     FileUnused,
     /// A cache for a store that has none.
-    #[error("cache is for store = \"file\" only, and writeback or writethrough for store = \"nbd\"; leave it out")]
+    #[error(
+        "cache is for store = \"file\", \"qcow2\" and \"vmdk\" only, \
+         and writeback or writethrough for store = \"nbd\"; leave it out"
+    )]
     CacheUnused,
     /// Pinned memory for a store that has no use for it.
     #[error("fixed_buffers is for store = \"file\" with cache = \"none\" only; leave it out")]
@@ -303,14 +317,15 @@ impl DeviceConfig {
     /// The first thing that is wrong.
     pub fn check(&self) -> Result<(), InvalidDevice> {
         let file = self.store_kind() == StoreKind::File;
-        if file && self.blk_file.is_none() {
+        let has_file = self.store_kind().has_file();
+        if has_file && self.blk_file.is_none() {
             return Err(InvalidDevice::NoFile);
         }
-        if !file && self.blk_file.is_some() {
+        if !has_file && self.blk_file.is_some() {
             return Err(InvalidDevice::FileUnused);
         }
         let nbd = self.store_kind() == StoreKind::Nbd;
-        if !file && self.cache.is_some_and(|cache| !nbd || cache == Cache::None) {
+        if !has_file && self.cache.is_some_and(|cache| !nbd || cache == Cache::None) {
             return Err(InvalidDevice::CacheUnused);
         }
         self.check_nbd(nbd)?;
@@ -461,6 +476,16 @@ mod tests {
             device.store = Some(StoreKind::Null);
         });
         assert_eq!(with_file, Err(InvalidDevice::FileUnused));
+        for kind in [StoreKind::Qcow2, StoreKind::Vmdk] {
+            let mut image = DeviceConfig::new("blk.sock");
+            image.store = Some(kind);
+            assert_eq!(image.check(), Err(InvalidDevice::NoFile));
+            image.blk_file = Some("a".into());
+            image.cache = Some(Cache::Writeback);
+            assert_eq!(image.check(), Ok(()));
+            image.fixed_buffers = true;
+            assert_eq!(image.check(), Err(InvalidDevice::FixedBuffersUnused));
+        }
         assert_eq!(check(|device| device.cache = Some(Cache::None)), Err(InvalidDevice::CacheUnused));
         assert_eq!(check(|device| device.fixed_buffers = true), Err(InvalidDevice::FixedBuffersUnused));
         assert_eq!(check(|device| device.iopoll = true), Err(InvalidDevice::IopollUnused));

@@ -11,6 +11,7 @@
 //! among other things keeps its own threads as they are. What io_uring does is no system call: what a ring may do is in
 //! `backend/uring/setup.rs`.
 
+mod entrance;
 mod filesystem;
 mod privileges;
 mod seccomp;
@@ -24,6 +25,7 @@ use std::sync::Arc;
 use std::thread;
 
 use crate::config::SandboxMode;
+pub(crate) use entrance::Entrance;
 use filesystem::Files;
 use seccomp::Filters;
 
@@ -36,12 +38,14 @@ pub(crate) enum ThreadKind {
     Session,
     /// Serves queues, see [`worker`](crate::worker).
     Worker,
-    /// Does what a store needs a thread of its own for: it connects to servers.
+    /// Does the operations of a store that blocks.
     Store,
+    /// Connects to the server of a store.
+    Connector,
 }
 
 impl ThreadKind {
-    const ALL: [Self; 4] = [Self::Main, Self::Session, Self::Worker, Self::Store];
+    const ALL: [Self; 5] = [Self::Main, Self::Session, Self::Worker, Self::Store, Self::Connector];
 }
 
 /// A part of the sandbox that the kernel has and that cannot be set up all the same.
@@ -136,7 +140,7 @@ impl Parts {
     }
 
     fn enter(&self, kind: ThreadKind) -> Result<(), SandboxError> {
-        let files = if kind == ThreadKind::Store { &self.connecting } else { &self.files };
+        let files = if kind == ThreadKind::Connector { &self.connecting } else { &self.files };
         files.restrict()?;
         privileges::drop_all()?;
         // The last: what was done so far is not among the calls that it leaves.

@@ -30,6 +30,7 @@ pub(super) struct Filters {
     session: Filter,
     worker: Filter,
     store: Filter,
+    connector: Filter,
 }
 
 impl Filters {
@@ -42,6 +43,7 @@ impl Filters {
             session: filter(ThreadKind::Session)?,
             worker: filter(ThreadKind::Worker)?,
             store: filter(ThreadKind::Store)?,
+            connector: filter(ThreadKind::Connector)?,
         }))
     }
 
@@ -52,6 +54,7 @@ impl Filters {
             ThreadKind::Session => &self.session,
             ThreadKind::Worker => &self.worker,
             ThreadKind::Store => &self.store,
+            ThreadKind::Connector => &self.connector,
         };
         // In this order: the killing one leaves no way to add another.
         for program in [&filter.refusing, &filter.killing] {

@@ -101,7 +101,18 @@ const WORKER: &[c_long] = &[
 ];
 
 /// To connect. What it sends and receives goes by calls that all have.
-const STORE: &[c_long] = &[SYS_socket, SYS_connect, SYS_getsockopt, SYS_setsockopt];
+const CONNECTOR: &[c_long] = &[SYS_socket, SYS_connect, SYS_getsockopt, SYS_setsockopt];
+
+/// A store that blocks moves its bytes by itself.
+const STORE: &[c_long] = &[
+    SYS_preadv,
+    SYS_pwritev,
+    SYS_fallocate,
+    SYS_ftruncate,
+    SYS_fdatasync,
+    // At the end: the store is unlocked.
+    SYS_flock,
+];
 
 /// What C libraries and std ask for and do without: they find out about the machine, and open files for it, when malloc makes
 /// an arena or a panic tells where it comes from.
@@ -127,7 +138,17 @@ const DISPENSABLE: &[c_long] = &[
 /// others as on the kernels before.
 const NEWER: std::ops::Range<c_long> = 463..512;
 
-const FCNTLS: &[c_int] = &[F_GETFL, F_SETFL, F_GETFD, F_SETFD, F_DUPFD_CLOEXEC, F_GET_SEALS, F_ADD_SEALS];
+const FCNTLS: &[c_int] = &[
+    F_GETFL,
+    F_SETFL,
+    F_GETFD,
+    F_SETFD,
+    F_DUPFD_CLOEXEC,
+    F_GET_SEALS,
+    F_ADD_SEALS,
+    // A store that is let go of is unlocked.
+    F_OFD_SETLK,
+];
 
 /// What an argument must be.
 #[derive(Debug)]
@@ -147,6 +168,7 @@ pub(super) fn allowed(kind: ThreadKind) -> impl Iterator<Item = (c_long, Option<
         ThreadKind::Session => SESSION,
         ThreadKind::Worker => WORKER,
         ThreadKind::Store => STORE,
+        ThreadKind::Connector => CONNECTOR,
     };
     ANY.iter().chain(own).map(|call| (*call, argument(*call)))
 }

@@ -54,7 +54,7 @@ const FOR_SESSIONS: &[(&str, Act)] = &[
 ];
 
 /// What threads of stores may, and nobody else.
-const FOR_STORES: &[(&str, Act)] = &[
+const FOR_CONNECTORS: &[(&str, Act)] = &[
     ("make a socket", |_| drop(socket(AddressFamily::Inet, SockType::Stream, SockFlag::empty(), None).unwrap())),
     ("connect", |folder| {
         let error = UnixStream::connect(folder.join("socket")).unwrap_err();
@@ -117,7 +117,7 @@ fn map(prot: ProtFlags) -> nix::Result<std::ptr::NonNull<libc::c_void>> {
 #[test]
 fn stage() {
     let Some(name) = env::var_os("SANDBOX_ACT") else { return };
-    let act = [FORBIDDEN, FOR_SESSIONS, FOR_STORES, &[ELSEWHERE], HARMLESS]
+    let act = [FORBIDDEN, FOR_SESSIONS, FOR_CONNECTORS, &[ELSEWHERE], HARMLESS]
         .concat()
         .into_iter()
         .find(|(act, _)| name == **act);
@@ -167,7 +167,7 @@ fn what_nobody_may_ends_the_process() {
 
 #[test]
 fn some_may_more_than_others() {
-    for (acts, actor) in [(FOR_SESSIONS, ThreadKind::Session), (FOR_STORES, ThreadKind::Store)] {
+    for (acts, actor) in [(FOR_SESSIONS, ThreadKind::Session), (FOR_CONNECTORS, ThreadKind::Connector)] {
         for ((name, _), kind) in acts.iter().flat_map(|act| ThreadKind::ALL.map(|kind| (act, kind))) {
             let output = done(name, kind);
             let fine = if kind == actor { output.status.success() } else { killed(&output) };

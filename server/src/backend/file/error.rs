@@ -75,7 +75,7 @@ pub enum OpenFailure {
 
 impl OpenFailure {
     /// Makes an error of the system, at this `action`, a reason.
-    pub(super) fn at(action: &'static str) -> impl Fn(io::Error) -> Self {
+    pub(in crate::backend) fn at(action: &'static str) -> impl Fn(io::Error) -> Self {
         move |source| match source.raw_os_error() {
             Some(libc::EBUSY | libc::ETXTBSY) => Self::Busy,
             Some(libc::ENOENT) => Self::Missing,

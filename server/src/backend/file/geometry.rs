@@ -11,15 +11,15 @@ use nix::sys::stat::{major, minor};
 use crate::backend::SECTOR;
 
 /// Bytes of the largest block that we move past the page cache.
-pub(super) const MAX_ALIGNMENT: usize = 4096;
+pub(in crate::backend) const MAX_ALIGNMENT: usize = 4096;
 
 /// As many bytes as the largest alignment, aligned like that.
 #[derive(Clone)]
 #[repr(C, align(4096))]
-pub(super) struct Page(pub(super) [u8; MAX_ALIGNMENT]);
+pub(in crate::backend) struct Page(pub(in crate::backend) [u8; MAX_ALIGNMENT]);
 
 impl Page {
-    pub(super) const ZERO: Self = Self([0; MAX_ALIGNMENT]);
+    pub(in crate::backend) const ZERO: Self = Self([0; MAX_ALIGNMENT]);
 }
 
 mod ioctl {
@@ -31,9 +31,9 @@ mod ioctl {
 }
 
 /// A block device.
-pub(super) struct Device {
+pub(in crate::backend) struct Device {
     /// Bytes.
-    pub(super) capacity: u64,
+    pub(in crate::backend) capacity: u64,
     /// Bytes.
     pub(super) logical_block_size: u32,
     /// Bytes.
@@ -42,10 +42,12 @@ pub(super) struct Device {
     pub(super) optimal_io_size: u32,
     /// Whether it can free blocks such that they read as zeroes.
     pub(super) frees: bool,
+    /// Whether it can free blocks such that they read as anything.
+    pub(super) discards: bool,
 }
 
 impl Device {
-    pub(super) fn of(file: &File, metadata: &Metadata) -> io::Result<Self> {
+    pub(in crate::backend) fn of(file: &File, metadata: &Metadata) -> io::Result<Self> {
         let fd = file.as_raw_fd();
         let (mut capacity, mut logical, mut physical, mut optimal) = (0u64, 512, 512, 0);
         // SAFETY: each writes a number of the type that it is declared with, to a variable of that type; on 64-bit
@@ -61,14 +63,16 @@ impl Device {
             logical_block_size: u32::try_from(logical).unwrap_or(SECTOR as u32),
             physical_block_size: physical,
             optimal_io_size: optimal,
-            frees: frees(metadata.rdev()),
+            frees: has_limit(metadata.rdev(), "write_zeroes_max_bytes"),
+            discards: has_limit(metadata.rdev(), "discard_max_bytes"),
         })
     }
 }
 
-/// Whether a hole that is punched in the device reaches it as "write zeroes, and unmap".
-fn frees(device: u64) -> bool {
-    queue_attribute(device, "write_zeroes_max_bytes").is_some_and(|bytes| bytes > 0)
+/// Whether the device does at least something of what this is the limit of. A hole that is punched in it reaches it as
+/// "write zeroes, and unmap".
+fn has_limit(device: u64, name: &str) -> bool {
+    queue_attribute(device, name).is_some_and(|bytes| bytes > 0)
 }
 
 /// Whether the device has polled queues; `None` if it does not say, as file systems with devices of their own do not.
@@ -87,16 +91,16 @@ fn queue_attribute(device: u64, name: &str) -> Option<u64> {
 
 /// What direct I/O on a file asks for; powers of two, in bytes, up to [`MAX_ALIGNMENT`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Alignment {
+pub(in crate::backend) struct Alignment {
     /// Of addresses in memory.
-    pub(super) memory: usize,
+    pub(in crate::backend) memory: usize,
     /// Of offsets in the file and lengths, each piece's too.
-    pub(super) offset: usize,
+    pub(in crate::backend) offset: usize,
 }
 
 impl Alignment {
     /// Of a file that was opened for direct I/O; `None` if that does not work in blocks as small as ours.
-    pub(super) fn of(file: &File, capacity: u64) -> Option<Self> {
+    pub(in crate::backend) fn of(file: &File, capacity: u64) -> Option<Self> {
         let alignment = Self::told(file).unwrap_or_else(|| Self::tried(file, capacity))?;
         // Requests have whole sectors. Blocks between a sector and a page are taken for a page: see the module `file`
         // for what must not share one.

@@ -26,12 +26,11 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
-use nix::fcntl::Flock;
-
 pub use error::{OpenError, OpenFailure};
-use geometry::Alignment;
+pub(super) use geometry::{Alignment, Device, MAX_ALIGNMENT, Page};
 use transfer::{Shared, Transfer};
 
+use super::lock::FileLock;
 use super::uring::{Client, Uring};
 use super::{Backend, Completion, Full, Io, Store, StoreInfo};
 
@@ -81,12 +80,14 @@ struct Opened {
     info: StoreInfo,
     fixed_buffers: bool,
     iopoll: bool,
+    /// Whether it is no block device that discards, or the kernel has no way to ask for that (before Linux 6.12).
+    no_discard: AtomicBool,
     /// Whether the file has said that it cannot free bytes.
     no_punch_hole: AtomicBool,
     /// Whether the file has said that it cannot zero bytes.
     no_zero_range: AtomicBool,
-    /// Held against other servers of the same file.
-    _lock: Option<Flock<File>>,
+    /// Held against others that use the file.
+    _lock: Option<FileLock>,
 }
 
 #[derive(Debug)]
@@ -112,7 +113,7 @@ impl FileStore {
     /// Opens a store, or creates it.
     ///
     /// A writable block device is opened exclusively, so that one which is mounted is refused; a regular file is
-    /// locked (`flock`) against other servers, where its file system has locks.
+    /// locked against other servers and QEMU, where its file system has locks.
     ///
     /// # Errors
     /// If it cannot be served.

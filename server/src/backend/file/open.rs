@@ -5,23 +5,16 @@ use std::io;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::Path;
 use std::sync::atomic::AtomicBool;
-use std::thread;
-use std::time::{Duration, Instant};
 
-use nix::errno::Errno;
-use nix::fcntl::{FallocateFlags, Flock, FlockArg, PosixFadviseAdvice, fallocate, posix_fadvise};
+use nix::fcntl::{FallocateFlags, PosixFadviseAdvice, fallocate, posix_fadvise};
 
 use super::error::OpenFailure;
 use super::geometry::{Alignment, Device, MAX_ALIGNMENT, has_polled_queues};
 use super::{Cache, Direct, FileOptions, Opened};
+use crate::backend::lock::{Access, Busy, FileLock};
 use crate::backend::uring::can_poll;
 use crate::backend::{SECTOR, StoreInfo};
 
-/// How long a file may still be locked by a server that was killed: the kernel takes its io_uring apart, and lets go of the
-/// files in it, some time after the process has ended.
-const LOCK_PATIENCE: Duration = Duration::from_secs(2);
-/// How long to wait between attempts.
-const LOCK_PAUSE: Duration = Duration::from_millis(10);
 /// Bytes of the largest block of a file system that is worth a guest's while.
 const MAX_PREFERRED: u32 = 65536;
 
@@ -70,18 +63,20 @@ impl Opened {
                 Some(device) => device.frees,
                 None => can_punch_holes(&file, capacity),
             };
+        let discards = !options.read_only && device.as_ref().is_some_and(|device| device.discards);
         let info = StoreInfo {
             capacity,
             block_size,
             physical_block_size: if preferred.is_power_of_two() { preferred.max(block_size) } else { block_size },
             optimal_io_size: if optimal.is_multiple_of(block_size) { optimal } else { 0 },
             read_only: options.read_only,
-            discard: frees,
+            discard: frees || discards,
             write_zeroes_unmap: frees,
         };
         let (no_punch_hole, no_zero_range) = (AtomicBool::new(!frees), AtomicBool::new(false));
+        let no_discard = AtomicBool::new(!discards);
         let (fixed_buffers, iopoll) = (options.fixed_buffers, options.iopoll);
-        Ok(Self { file, direct, info, fixed_buffers, iopoll, no_punch_hole, no_zero_range, _lock: lock })
+        Ok(Self { file, direct, info, fixed_buffers, iopoll, no_discard, no_punch_hole, no_zero_range, _lock: lock })
     }
 }
 
@@ -171,22 +166,9 @@ fn check_polled(direct: Option<&Direct>, metadata: &fs::Metadata) -> Result<(), 
 }
 
 /// Locks a regular file, if its file system can.
-fn lock(file: &File, read_only: bool) -> Result<Option<Flock<File>>, OpenFailure> {
-    let how = if read_only { FlockArg::LockSharedNonblock } else { FlockArg::LockExclusiveNonblock };
-    let mut copy = file.try_clone().map_err(OpenFailure::at("cannot lock it"))?;
-    let deadline = Instant::now() + LOCK_PATIENCE;
-    loop {
-        copy = match Flock::lock(copy, how) {
-            Ok(lock) => return Ok(Some(lock)),
-            Err((copy, Errno::EWOULDBLOCK)) if Instant::now() < deadline => copy,
-            Err((_, Errno::EWOULDBLOCK)) => return Err(OpenFailure::Busy),
-            Err((_, error)) => {
-                log::debug!("its file system has no locks: {error}");
-                return Ok(None);
-            }
-        };
-        thread::sleep(LOCK_PAUSE);
-    }
+fn lock(file: &File, read_only: bool) -> Result<Option<FileLock>, OpenFailure> {
+    let access = if read_only { Access::Shared } else { Access::Exclusive };
+    FileLock::take(file, access).map_err(OpenFailure::at("cannot lock it"))?.map_err(|Busy| OpenFailure::Busy)
 }
 
 /// Whether a regular file can get holes. Asks for one after its end, where there is nothing to lose.

@@ -22,6 +22,10 @@ const MAX_PIECES: usize = 1024;
 /// Bytes that the kernel moves at once (`MAX_RW_COUNT`). It cuts larger scatter lists off there by itself.
 const MAX_BYTES: usize = 0x7fff_f000;
 
+/// A block device's command to discard bytes, whose place is the entry's address and whose number the first part of the
+/// command's own data (`BLOCK_URING_CMD_DISCARD` of linux/blkdev.h, Linux 6.12).
+const BLOCK_DISCARD: u32 = 0x12 << 8;
+
 /// How often an entry that the kernel interrupted, or had no resources for, is tried again.
 const MAX_RETRIES: u8 = 100;
 
@@ -111,6 +115,8 @@ impl Bounce {
 enum Work {
     /// Between the buffers and the file.
     Move,
+    /// Frees blocks of a device, which read as anything from then on.
+    Discard,
     /// Frees bytes, which read as zero from then on.
     PunchHole,
     /// Makes bytes zero.
@@ -139,6 +145,7 @@ impl Transfer {
         let work = match io.op {
             Op::Read { .. } | Op::Write { .. } => Work::Move,
             Op::Flush => Work::Sync,
+            Op::Discard { .. } if !shared.0.opened.no_discard.load(Ordering::Relaxed) => Work::Discard,
             Op::Discard { .. } => Work::PunchHole,
             Op::WriteZeroes { unmap, .. } => zeroing(&shared.0.opened, unmap),
         };
@@ -275,6 +282,10 @@ impl Transfer {
                 self.retries += 1;
                 Step::Again
             }
+            (Work::Discard, _) if unable => {
+                opened.no_discard.fetch_or(always, Ordering::Relaxed);
+                self.go_on(Work::PunchHole)
+            }
             (Work::PunchHole, op) if unable => {
                 opened.no_punch_hole.fetch_or(always, Ordering::Relaxed);
                 if matches!(op, Op::Discard { .. }) { Step::Over } else { self.go_on(zeroing(opened, false)) }
@@ -327,6 +338,12 @@ unsafe impl Operation for Transfer {
         let (offset, len) = self.left();
         match self.work {
             Work::Move => self.move_entry(lane, shared, fixed),
+            Work::Discard => {
+                let mut command = [0; 16];
+                command[..8].copy_from_slice(&len.to_ne_bytes());
+                let entry = opcode::UringCmd16::new(fd, BLOCK_DISCARD).addr(Some(offset)).cmd(command);
+                entry.build().flags(flags)
+            }
             Work::PunchHole | Work::ZeroRange => {
                 let how =
                     if self.work == Work::PunchHole { libc::FALLOC_FL_PUNCH_HOLE } else { libc::FALLOC_FL_ZERO_RANGE };
@@ -347,7 +364,7 @@ unsafe impl Operation for Transfer {
         let step = match (u32::try_from(result), self.work) {
             (Ok(bytes), Work::Move) => self.moved(bytes as usize),
             (Ok(bytes), Work::WriteZeroes) => self.zeroed(u64::from(bytes)),
-            (Ok(_), Work::PunchHole | Work::ZeroRange) => self.settle(),
+            (Ok(_), Work::Discard | Work::PunchHole | Work::ZeroRange) => self.settle(),
             (Ok(_), Work::Sync) => Step::Over,
             (Err(_), _) => self.failed(result.saturating_neg(), &shared.0.opened),
         };
@@ -485,6 +502,11 @@ mod tests {
         };
         let (make, write) = (opcode::Fallocate::CODE, opcode::Write::CODE);
         let zeroes = Op::WriteZeroes { offset: 0, len: 4096, unmap: true, durable: false };
+        let discard = Op::Discard { offset: 0, len: 4096 };
+        // As on a device that discards, under a kernel that cannot be asked for it.
+        rig.shared.0.opened.no_discard.store(false, Ordering::Relaxed);
+        assert_eq!(refused(discard), (vec![opcode::UringCmd16::CODE, make], true));
+        rig.shared.0.opened.no_punch_hole.store(false, Ordering::Relaxed);
         assert_eq!(refused(Op::Discard { offset: 0, len: 4096 }), (vec![make], true));
         assert_eq!(refused(zeroes), (vec![make, write], false), "holes were refused before");
         assert_eq!(refused(zeroes), (vec![write], false));

@@ -16,6 +16,7 @@
 
 mod accounts;
 mod client;
+mod elsewhere;
 mod files;
 mod lane;
 mod memory;
@@ -36,6 +37,8 @@ use nix::errno::Errno;
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
 pub(super) use client::{Client, Operation, Step};
+pub(super) use elsewhere::Elsewhere;
+use elsewhere::Left;
 pub(super) use files::{FileName, RegisteredFile};
 pub(super) use lane::{FixedBuffers, Lane};
 pub(super) use probe::can_poll;
@@ -95,6 +98,7 @@ impl AsFd for Waker {
 pub struct Uring {
     waker: Waker,
     ring: Option<Rc<RefCell<Ring>>>,
+    left: Left,
 }
 
 impl Uring {
@@ -113,12 +117,12 @@ impl Uring {
     pub fn with(waker: &Waker, options: UringOptions) -> Result<Self, UringError> {
         let polled = if options.iopoll { Some(setup::polled()?) } else { None };
         let ring = Ring::new(setup::best(options.sqpoll)?, polled, waker);
-        Ok(Self { waker: waker.clone(), ring: Some(Rc::new(RefCell::new(ring))) })
+        Ok(Self { waker: waker.clone(), ring: Some(Rc::new(RefCell::new(ring))), left: Left::default() })
     }
 
     /// A stand-in that only sleeps, for stores that need no kernel; the others refuse to attach to it.
     pub fn without_kernel(waker: &Waker) -> Self {
-        Self { waker: waker.clone(), ring: None }
+        Self { waker: waker.clone(), ring: None, left: Left::default() }
     }
 
     /// Starts what all backends have queued, in one system call if there is anything.
@@ -148,22 +152,29 @@ impl Uring {
         self.ring.as_ref().is_some_and(|ring| ring.borrow().is_polling())
     }
 
-    /// Looks for what has completed, and says whether the kernel is still at work for backends that are gone.
+    /// Looks for what has completed, and says whether the kernel or another thread is still at work for backends that are
+    /// gone.
     pub(crate) fn has_orphans(&self) -> bool {
-        let Some(ring) = &self.ring else { return false };
+        let elsewhere = self.left.any();
+        let Some(ring) = &self.ring else { return elsewhere };
         // An error comes again where it can be told: on the next wait. Dropped when the ring is not borrowed, as in `wait`.
         let _over = ring.borrow_mut().reap();
-        ring.borrow_mut().accounts().has_orphans()
+        ring.borrow_mut().accounts().has_orphans() || elsewhere
+    }
+
+    /// What ends the sleep of this ring's thread.
+    pub(super) fn waker(&self) -> &Waker {
+        &self.waker
+    }
+
+    /// Keeps an eye on what other threads do for a backend that is gone. They wake this thread when it is over.
+    pub(super) fn leave(&self, work: Arc<dyn Elsewhere>) {
+        self.left.add(work);
     }
 
     /// Whether it is the kernel's, and no stand-in.
     pub(super) fn has_kernel(&self) -> bool {
         self.ring.is_some()
-    }
-
-    /// What ends its thread's sleep.
-    pub(super) fn waker(&self) -> &Waker {
-        &self.waker
     }
 
     /// Whether it has a [`Lane::Polled`].
@@ -221,8 +232,9 @@ mod tests {
     /// All forms that the system offers.
     fn forms(waker: &Waker) -> Vec<Uring> {
         let rings = setups().filter_map(|setup| setup.build(8).ok()).map(|kernel| Ring::new(kernel, None, waker));
-        let mut forms: Vec<_> =
-            rings.map(|ring| Uring { waker: waker.clone(), ring: Some(Rc::new(RefCell::new(ring))) }).collect();
+        let mut forms: Vec<_> = rings
+            .map(|ring| Uring { waker: waker.clone(), ring: Some(Rc::new(RefCell::new(ring))), left: Left::default() })
+            .collect();
         assert!(!forms.is_empty(), "no io_uring here: {:?}", Uring::new(waker));
         forms.push(Uring::without_kernel(waker));
         forms
@@ -281,7 +293,7 @@ mod tests {
             let kernel = Cell::new(Some(kernel));
             let mut rig = Rig::on(&store, |waker| {
                 let ring = Ring::new(kernel.take().unwrap(), None, waker);
-                Uring { waker: waker.clone(), ring: Some(Rc::new(RefCell::new(ring))) }
+                Uring { waker: waker.clone(), ring: Some(Rc::new(RefCell::new(ring))), left: Left::default() }
             });
             for _ in 0..3 {
                 for n in 0..100 {

@@ -8,9 +8,10 @@ use std::io;
 
 use io_uring::register::Restriction;
 use io_uring::squeue::Flags;
-use io_uring::{IoUring, opcode};
+use io_uring::{IoUring, Probe, opcode};
 
-/// To move bytes of files and sockets that are open. None makes a descriptor: messages are received without room for any.
+/// To move bytes of files and sockets that are open, and to discard blocks of block devices. None makes a descriptor:
+/// messages are received without room for any.
 const OPERATIONS: &[u8] = &[
     opcode::Read::CODE,
     opcode::Write::CODE,
@@ -24,6 +25,7 @@ const OPERATIONS: &[u8] = &[
     opcode::Fallocate::CODE,
     opcode::SendMsg::CODE,
     opcode::RecvMsg::CODE,
+    opcode::UringCmd16::CODE,
     #[cfg(test)]
     opcode::Nop::CODE,
 ];
@@ -42,7 +44,11 @@ const REGISTRATIONS: [u8; 5] = [
 /// # Errors
 /// If the kernel refuses.
 pub(super) fn enable(kernel: &IoUring) -> io::Result<()> {
-    let operations = OPERATIONS.iter().map(|operation| Restriction::sqe_op(*operation));
+    // An operation that the kernel does not know it does not let be named.
+    let mut known = Probe::new();
+    kernel.submitter().register_probe(&mut known)?;
+    let operations = OPERATIONS.iter().filter(|operation| known.is_supported(**operation));
+    let operations = operations.map(|operation| Restriction::sqe_op(*operation));
     let registrations = REGISTRATIONS.map(Restriction::register_op);
     let flags = Restriction::sqe_flags_allowed(Flags::FIXED_FILE.bits());
     let mut all: Vec<_> = operations.chain(registrations).chain([flags]).collect();

@@ -14,7 +14,7 @@ use super::accounts::{Accounts, Landing, Over};
 use super::lane::{FixedBuffers, Lane, Queues};
 
 /// How long a ring that is dropped waits for operations whose backends are gone.
-const LAST_WAIT: Duration = Duration::from_secs(5);
+pub(super) const LAST_WAIT: Duration = Duration::from_secs(5);
 
 /// Where the counters of wakers are read to. Nobody looks at them, so that one place serves all rings, for ever:
 /// whatever becomes of a ring, the kernel writes here and nowhere else.

@@ -1,0 +1,368 @@
+//! The queue of a store whose operations block: threads of the store's own do them, and wake the worker when one is done.
+
+use std::any::Any;
+use std::io;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::rc::Rc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::{self, JoinHandle};
+use std::time::Instant;
+
+use crossbeam::channel::{Receiver, Sender, bounded, select, unbounded};
+use virtio::memory::PinnedBuffers;
+
+use super::immediate::Execute;
+use super::uring::{Elsewhere, Uring, Waker};
+use super::{Backend, Completion, Full, Io, Op};
+use crate::sandbox::{Entrance, Sandbox, ThreadKind};
+
+/// Operations in flight on one backend, at most, as on a ring.
+const SLOTS: usize = 1024;
+
+/// Threads of one store, shared by all of its queues. Dropped, they end after what they were given.
+#[derive(Debug)]
+pub(super) struct Threads {
+    jobs: Option<Sender<Job>>,
+    threads: Vec<JoinHandle<()>>,
+}
+
+#[derive(Debug)]
+enum Job {
+    Do(Box<Io>, Arc<Desk>),
+    Flush(Sender<io::Result<()>>),
+}
+
+/// What all threads of a store have.
+struct Shared<S> {
+    name: String,
+    store: S,
+    /// An operation has panicked: what the store knows of itself may be wrong from then on.
+    broken: AtomicBool,
+}
+
+impl Threads {
+    /// Starts so many threads, which do nothing before `entrance` is open. They own the store, which is dropped by the last.
+    ///
+    /// # Errors
+    /// If the system has no threads.
+    pub(super) fn start<S>(store: S, name: &str, count: usize, entrance: &Entrance) -> io::Result<Self>
+    where
+        S: Execute + Send + Sync + 'static,
+    {
+        let (jobs, queue) = unbounded();
+        let mut all = Self { jobs: Some(jobs), threads: Vec::new() };
+        let shared = Arc::new(Shared { name: name.to_owned(), store, broken: AtomicBool::new(false) });
+        for index in 0..count {
+            let (shared, queue, sandbox) = (Arc::clone(&shared), queue.clone(), entrance.queue_up());
+            let thread = thread::Builder::new().name(format!("store-{index}"));
+            all.threads.push(thread.spawn(move || shared.serve(&queue, &sandbox))?);
+        }
+        Ok(all)
+    }
+
+    /// One queue's access.
+    pub(super) fn attach(&self, ring: &Rc<Uring>) -> io::Result<Box<dyn Backend>> {
+        let jobs = self.jobs.clone().ok_or_else(gone)?;
+        let desk = Arc::new(Desk { papers: Mutex::default(), over: Condvar::new(), waker: ring.waker().clone() });
+        Ok(Box::new(Queue { jobs, desk, ring: Rc::clone(ring), in_flight: 0 }))
+    }
+
+    /// Has one of the threads flush the store, and waits for it.
+    pub(super) fn flush(&self) -> io::Result<()> {
+        let (done, result) = bounded(1);
+        self.jobs.as_ref().and_then(|jobs| jobs.send(Job::Flush(done)).ok()).ok_or_else(gone)?;
+        result.recv().map_err(|_| gone())?
+    }
+}
+
+impl Drop for Threads {
+    fn drop(&mut self) {
+        drop(self.jobs.take());
+        for thread in self.threads.drain(..) {
+            if thread.join().is_err() {
+                log::error!("a thread of a store panicked");
+            }
+        }
+    }
+}
+
+fn gone() -> io::Error {
+    io::Error::other("the store's threads have ended")
+}
+
+impl<S: Execute> Shared<S> {
+    fn serve(&self, queue: &Receiver<Job>, sandbox: &Receiver<Sandbox>) {
+        let mut first = None;
+        let entered = select! {
+            recv(sandbox) -> sandbox => sandbox,
+            recv(queue) -> job => match job {
+                // It has to wait.
+                Ok(job) => {
+                    first = Some(job);
+                    sandbox.recv()
+                }
+                Err(gone) => Err(gone),
+            },
+        };
+        // Else the store is given up before there is a sandbox.
+        let Ok(sandbox) = entered else { return };
+        sandbox.enter_as(ThreadKind::Store);
+        while let Some(job) = first.take().or_else(|| queue.recv().ok()) {
+            match job {
+                Job::Do(io, desk) => desk.receive(io, |io| self.execute(io)),
+                Job::Flush(done) => {
+                    let flush = Io { token: 0, op: Op::Flush, buffers: PinnedBuffers::default() };
+                    // Who asked has gone.
+                    let _ = done.send(self.execute(&flush));
+                }
+            }
+        }
+    }
+
+    fn execute(&self, io: &Io) -> io::Result<()> {
+        if self.broken.load(Ordering::Relaxed) {
+            return Err(io::Error::other("a defect has ended this store's service"));
+        }
+        catch_unwind(AssertUnwindSafe(|| self.store.execute(io))).unwrap_or_else(|panic| {
+            self.broken.store(true, Ordering::Relaxed);
+            let why = message(&*panic);
+            log::error!("{}: {:?} panicked: {why}; all that follows fails", self.name, io.op);
+            Err(io::Error::other(why.to_owned()))
+        })
+    }
+}
+
+/// What a panic says.
+pub(super) fn message(panic: &(dyn Any + Send)) -> &str {
+    let text = panic.downcast_ref::<&str>().copied();
+    text.or_else(|| panic.downcast_ref::<String>().map(String::as_str)).unwrap_or("without a message")
+}
+
+/// Where threads leave what they have done for one queue.
+#[derive(Debug)]
+struct Desk {
+    papers: Mutex<Papers>,
+    /// Nothing is left to be done.
+    over: Condvar,
+    waker: Waker,
+}
+
+#[derive(Debug, Default)]
+struct Papers {
+    /// Operations that a thread has, or that wait for one.
+    open: usize,
+    done: Vec<Completion>,
+    /// Nobody will take what is done.
+    abandoned: bool,
+}
+
+impl Desk {
+    fn papers(&self) -> MutexGuard<'_, Papers> {
+        self.papers.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Does an operation that was handed in here, unless nobody wants it any more.
+    fn receive(&self, io: Box<Io>, execute: impl FnOnce(&Io) -> io::Result<()>) {
+        let mut completion = Some(Completion { result: Ok(()), io });
+        if let Some(completion) = &mut completion
+            && !self.papers().abandoned
+        {
+            completion.result = execute(&completion.io);
+        }
+        let mut papers = self.papers();
+        if papers.abandoned {
+            // Its memory is free before it counts as over.
+            drop(completion.take());
+        }
+        papers.open = papers.open.saturating_sub(1);
+        // One wake is enough for all that is there when the worker comes.
+        let wake = if papers.abandoned { papers.open == 0 } else { papers.done.is_empty() };
+        papers.done.extend(completion);
+        if papers.open == 0 {
+            self.over.notify_all();
+        }
+        drop(papers);
+        if wake {
+            self.waker.wake();
+        }
+    }
+}
+
+impl Elsewhere for Desk {
+    fn is_over(&self) -> bool {
+        self.papers().open == 0
+    }
+
+    fn wait_until(&self, deadline: Instant) -> bool {
+        let left = deadline.saturating_duration_since(Instant::now());
+        let waited = self.over.wait_timeout_while(self.papers(), left, |papers| papers.open > 0);
+        waited.unwrap_or_else(PoisonError::into_inner).0.open == 0
+    }
+}
+
+/// One queue's access to the threads.
+struct Queue {
+    jobs: Sender<Job>,
+    desk: Arc<Desk>,
+    ring: Rc<Uring>,
+    in_flight: usize,
+}
+
+impl Backend for Queue {
+    fn submit(&mut self, io: Box<Io>) -> Result<(), Full> {
+        if self.in_flight == SLOTS {
+            return Err(Full(io));
+        }
+        self.desk.papers().open += 1;
+        if let Err(error) = self.jobs.send(Job::Do(io, Arc::clone(&self.desk))) {
+            // Not as long as there is a thread, and they end with the store. But an operation comes back in any case.
+            if let Job::Do(io, desk) = error.into_inner() {
+                desk.receive(io, |_| Err(gone()));
+            }
+        }
+        self.in_flight += 1;
+        Ok(())
+    }
+
+    fn reap(&mut self, done: &mut Vec<Completion>) {
+        let before = done.len();
+        done.append(&mut self.desk.papers().done);
+        self.in_flight = self.in_flight.saturating_sub(done.len() - before);
+    }
+
+    fn in_flight(&self) -> usize {
+        self.in_flight
+    }
+}
+
+impl Drop for Queue {
+    fn drop(&mut self) {
+        let mut papers = self.desk.papers();
+        papers.abandoned = true;
+        papers.done.clear();
+        if papers.open > 0 {
+            drop(papers);
+            self.ring.leave(Arc::clone(&self.desk) as Arc<dyn Elsewhere>);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc;
+    use std::time::Duration;
+
+    use super::*;
+    use crate::backend::contract::Guest;
+    use crate::config::SandboxMode;
+
+    /// Guards against hanging only.
+    const LIMIT: Duration = Duration::from_secs(60);
+
+    /// An entrance to no sandbox.
+    fn open() -> Entrance {
+        let entrance = Entrance::default();
+        entrance.open(&Sandbox::new(SandboxMode::Off, &[], &[]).unwrap());
+        entrance
+    }
+
+    /// Each read takes until a message comes; a flush is a defect.
+    struct Slow(Mutex<mpsc::Receiver<()>>);
+
+    impl Execute for Slow {
+        fn execute(&self, io: &Io) -> io::Result<()> {
+            match io.op {
+                Op::Flush => panic!("no such luck"),
+                _ => self.0.lock().unwrap().recv_timeout(LIMIT).map_err(io::Error::other),
+            }
+        }
+    }
+
+    fn slow(threads: usize, entrance: &Entrance) -> (Threads, mpsc::Sender<()>) {
+        let (go, gone) = mpsc::channel();
+        (Threads::start(Slow(Mutex::new(gone)), "slow", threads, entrance).unwrap(), go)
+    }
+
+    fn read(guest: &mut Guest, token: u16) -> Box<Io> {
+        Box::new(Io { token, op: Op::Read { offset: 0 }, buffers: guest.buffers(&[(u64::from(token) * 512, 512)]) })
+    }
+
+    fn wait(ring: &Uring, backend: &mut dyn Backend) -> Vec<Completion> {
+        let mut done = Vec::new();
+        while backend.in_flight() > 0 {
+            ring.wait().unwrap();
+            backend.reap(&mut done);
+        }
+        done
+    }
+
+    /// Says whether there was a sandbox.
+    struct Watchful(Arc<AtomicBool>);
+
+    impl Execute for Watchful {
+        fn execute(&self, _: &Io) -> io::Result<()> {
+            if self.0.load(Ordering::SeqCst) { Ok(()) } else { Err(io::Error::other("outside")) }
+        }
+    }
+
+    #[test]
+    fn nothing_is_done_before_there_is_a_sandbox() {
+        let (entrance, made) = (Entrance::default(), Arc::new(AtomicBool::new(false)));
+        let threads = Threads::start(Watchful(Arc::clone(&made)), "watchful", 2, &entrance).unwrap();
+        let ring = Rc::new(Uring::without_kernel(&Waker::new().unwrap()));
+        let mut backend = threads.attach(&ring).unwrap();
+        backend.submit(read(&mut Guest::new(), 0)).unwrap();
+        // Time enough for a thread that does not wait.
+        (0..1000).for_each(|_| thread::yield_now());
+        made.store(true, Ordering::SeqCst);
+        entrance.open(&Sandbox::new(SandboxMode::Off, &[], &[]).unwrap());
+        assert!(wait(&ring, &mut *backend).pop().unwrap().result.is_ok());
+    }
+
+    #[test]
+    fn a_store_that_is_given_up_before_there_is_a_sandbox_ends() {
+        let entrance = Entrance::default();
+        drop(slow(3, &entrance).0);
+        let threads = slow(3, &entrance).0;
+        drop(entrance);
+        drop(threads);
+    }
+
+    #[test]
+    fn a_ring_knows_of_operations_whose_backend_is_gone() {
+        let (threads, go) = slow(1, &open());
+        let ring = Rc::new(Uring::without_kernel(&Waker::new().unwrap()));
+        let mut guest = Guest::new();
+        let mut backend = threads.attach(&ring).unwrap();
+        for token in 0..3 {
+            backend.submit(read(&mut guest, token)).unwrap();
+        }
+        drop(backend);
+        let release = guest.release();
+        assert!(ring.has_orphans());
+        assert!(!release.wait(Instant::now()));
+        // One for the operation that runs at most; the others are not begun.
+        go.send(()).unwrap();
+        while ring.has_orphans() {
+            ring.wait().unwrap();
+        }
+        assert!(release.wait(Instant::now()));
+        assert!(!ring.has_orphans());
+    }
+
+    #[test]
+    fn a_panic_ends_the_stores_service_and_nothing_else() {
+        let (threads, go) = slow(2, &open());
+        let ring = Rc::new(Uring::without_kernel(&Waker::new().unwrap()));
+        let mut backend = threads.attach(&ring).unwrap();
+        let mut guest = Guest::new();
+        go.send(()).unwrap();
+        backend.submit(read(&mut guest, 0)).unwrap();
+        assert!(wait(&ring, &mut *backend).pop().unwrap().result.is_ok());
+        assert!(threads.flush().unwrap_err().to_string().contains("no such luck"));
+        backend.submit(read(&mut guest, 1)).unwrap();
+        assert!(wait(&ring, &mut *backend).pop().unwrap().result.is_err());
+        assert!(threads.flush().is_err());
+    }
+}
