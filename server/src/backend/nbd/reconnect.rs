@@ -5,6 +5,7 @@
 //! then whether the requests of each queue get on, and tells the queue if they have not for too long. While no queue has a request
 //! it sleeps without an end.
 
+use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -23,6 +24,8 @@ pub(super) const HANDSHAKE_LIMIT: Duration = Duration::from_secs(5);
 const FIRST_PAUSE: Duration = Duration::from_millis(50);
 /// The same at last.
 const LAST_PAUSE: Duration = Duration::from_secs(3);
+/// How long a flush at the end of a device's service may take.
+pub(super) const FLUSH_LIMIT: Duration = Duration::from_secs(30);
 /// How long a queue that is being stopped waits for a server that is silent: less than a session has patience.
 const STOP_LIMIT: Duration = Duration::from_secs(2);
 
@@ -32,6 +35,8 @@ pub(super) enum Order {
     Attach(Arc<Port>),
     /// A connection, in place of one that is lost.
     Connect(Arc<Port>),
+    /// A flush of what was written, by a connection of its own.
+    Flush(Sender<io::Result<()>>),
     /// A look: there is a request where there was none, or a queue is stopping.
     Look,
 }
@@ -247,6 +252,11 @@ impl Attendant {
                 Ok(Order::Connect(port)) => {
                     let asking = queues.iter_mut().find(|queue| Arc::ptr_eq(&queue.port, &port));
                     asking.into_iter().for_each(|queue| queue.wants_link(Instant::now()));
+                }
+                Ok(Order::Flush(answer)) => {
+                    let link = self.dial().map_err(io::Error::other);
+                    // Whoever has asked may have lost patience.
+                    let _gone = answer.send(link.and_then(|mut link| link.flush(FLUSH_LIMIT)));
                 }
                 Ok(Order::Look) | Err(RecvTimeoutError::Timeout) => {}
                 Err(RecvTimeoutError::Disconnected) => return,

@@ -6,13 +6,13 @@ use std::rc::Rc;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use crossbeam::channel::{Receiver, Sender, unbounded};
+use crossbeam::channel::{Receiver, RecvTimeoutError, Sender, bounded, unbounded};
 
 use super::connection::Connection;
 use super::error::{HandshakeError, NbdError};
 use super::export::Export;
 use super::link::{Dialer, Link};
-use super::reconnect::{Attendant, HANDSHAKE_LIMIT, Order, Port, Watch};
+use super::reconnect::{Attendant, FLUSH_LIMIT, HANDSHAKE_LIMIT, Order, Port, Watch};
 use super::socket::Resolved;
 use super::tls::Tls;
 use super::uri::NbdUri;
@@ -128,11 +128,19 @@ impl Store for NbdStore {
         if !self.0.watch.is_unflushed() || !self.0.export.features.flush {
             return Ok(());
         }
-        let gone = || io::Error::new(io::ErrorKind::NotConnected, "there is no connection to flush what was written");
-        let mut link = self.0.take_link().ok_or_else(gone)?;
-        link.flush(self.0.options.deadline)?;
+        // A connection that nobody has used for a while may have broken meanwhile.
+        while let Some(mut link) = self.0.take_link() {
+            if link.flush(FLUSH_LIMIT).is_ok() {
+                self.0.watch.flushed();
+                self.0.give_back(link);
+                return Ok(());
+            }
+        }
+        let (answer, flushed) = bounded(1);
+        let gone = |_| io::Error::new(io::ErrorKind::NotConnected, "no server answers to flush what was written");
+        self.0.orders.send(Order::Flush(answer)).map_err(|_| gone(RecvTimeoutError::Disconnected))?;
+        flushed.recv_timeout(FLUSH_LIMIT + HANDSHAKE_LIMIT).map_err(gone)??;
         self.0.watch.flushed();
-        self.0.give_back(link);
         Ok(())
     }
 

@@ -237,6 +237,22 @@ fn lies_end_connections_and_requests_but_nothing_else() {
     }
 }
 
+#[test]
+fn the_last_flush_finds_a_server_that_was_started_anew() {
+    let mut server = Server::new(Conduct::honest(MIB));
+    let store = server.store();
+    Rig::new(&store).write(0, &[1; 4096], false);
+    server.stop();
+    server.start();
+    store.flush().unwrap();
+    assert_eq!(server.connections(), 2);
+    store.flush().unwrap();
+    assert_eq!(server.connections(), 2, "nothing was written since");
+    Rig::new(&store).write(0, &[2; 4096], false);
+    server.stop();
+    assert!(store.flush().is_err());
+}
+
 /// The thread ends with its store.
 #[test]
 fn nothing_is_left_behind() {
