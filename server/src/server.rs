@@ -20,7 +20,7 @@ use crate::doorbell_page::DoorbellPage;
 use crate::listener::{ListenError, Listener};
 use crate::sandbox::{Sandbox, SandboxError, ThreadKind};
 use crate::session::{Session, Stop};
-use crate::store::{self, StoreError};
+use crate::store::{self, Bases, StoreError};
 use crate::worker::{Pool, PoolError, WorkerPlan};
 
 /// The most data segments of a request that we ask drivers to keep to, whatever the size of the queue.
@@ -127,7 +127,9 @@ impl Server {
         outlive_lost_memory().map_err(OpenError::Threads)?;
         let stop = Arc::new(Stop::new().map_err(OpenError::Threads)?);
         // All or nothing: the sockets appear once every store is open.
-        let devices: Vec<_> = config.devices.iter().map(open_device).collect::<Result<_, _>>()?;
+        let mut bases = Bases::default();
+        let devices: Vec<_> =
+            config.devices.iter().map(|device| open_device(device, &mut bases)).collect::<Result<_, _>>()?;
         let listeners: Vec<_> = config.devices.iter().map(Listener::bind).collect::<Result<_, _>>()?;
         // From here on threads only serve what is open.
         let folders: Vec<_> = listeners.iter().filter_map(|listener| listener.path().parent()).collect();
@@ -195,12 +197,12 @@ fn worker_plans(config: &ServerConfig) -> impl Iterator<Item = WorkerPlan> {
     })
 }
 
-fn open_device(config: &DeviceConfig) -> Result<(Device, String), OpenError> {
+fn open_device(config: &DeviceConfig, bases: &mut Bases) -> Result<(Device, String), OpenError> {
     let socket_path = || config.socket_path.clone();
     let invalid = |source| OpenError::Invalid { socket_path: socket_path(), source };
     config.check().map_err(invalid)?;
     let limits = config.limits().map_err(invalid)?;
-    let store = store::open(config)?;
+    let store = store::open(config, bases)?;
     let info = store.info();
     let block = BlockDevice::new(block_config(config, &info));
     let mut options = Options::for_device(&block);

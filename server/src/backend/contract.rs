@@ -20,6 +20,7 @@ use virtio::memory::{Access, GuestMemory, Mapping, MemoryFile, PinnedBuffers, Re
 use super::file::{Cache, FileOptions, FileStore};
 use super::memory::MemoryStore;
 use super::null::NullStore;
+use super::overlay::{self, OverlayOptions, OverlayStore, Place};
 use super::uring::{SqPoll, Uring, UringOptions, Waker};
 use super::{Backend, Completion, Full, Io, Op, Store};
 
@@ -154,7 +155,7 @@ impl Rig {
     }
 
     /// What has completed, checked against what was submitted.
-    fn reap(&mut self) -> Vec<Completion> {
+    pub(super) fn reap(&mut self) -> Vec<Completion> {
         let mut done = Vec::new();
         self.backend.reap(&mut done);
         for Completion { io, .. } in &done {
@@ -200,13 +201,13 @@ impl Rig {
         self.in_flight.clear();
     }
 
-    fn write(&mut self, offset: u64, data: &[u8], durable: bool) {
+    pub(super) fn write(&mut self, offset: u64, data: &[u8], durable: bool) {
         let buffers = self.guest.buffers(&[(0, data.len() as u64)]);
         buffers.copy_from_slice(0, data);
         self.one(Op::Write { offset, durable }, buffers).result.unwrap();
     }
 
-    fn read(&mut self, offset: u64, len: u64) -> Vec<u8> {
+    pub(super) fn read(&mut self, offset: u64, len: u64) -> Vec<u8> {
         // Not where `write` puts its data, which would make a read that does nothing look good.
         let at = Guest::LEN / 2;
         let buffers = self.guest.buffers(&[(at, len)]);
@@ -221,7 +222,7 @@ impl Rig {
 const MIB: u64 = 1 << 20;
 
 /// Bytes that differ from sector to sector and from place to place in it.
-fn pattern(seed: u64, len: u64) -> Vec<u8> {
+pub(super) fn pattern(seed: u64, len: u64) -> Vec<u8> {
     (0..len).map(|at| (seed ^ at ^ (at / 512).wrapping_mul(167)) as u8 | 1).collect()
 }
 
@@ -613,6 +614,8 @@ mod stable {
         let fixture = F::new(MIB);
         let data = pattern(78, MIB);
         Rig::of(&fixture).write(0, &data, false);
+        // The end of a device's service.
+        fixture.store().flush().unwrap();
         assert_eq!(fixture.stored(), data);
     }
 }
@@ -743,6 +746,45 @@ impl<const DIRECT: bool, W: Way> IsStable for StoredFile<DIRECT, W> {
     }
 }
 
+/// An overlay over a file of zeroes, in memory or in another file.
+struct Overlay<const KEPT: bool, const DIRECT: bool> {
+    store: OverlayStore,
+    base: Vec<u8>,
+    path: PathBuf,
+    _dir: tempfile::TempDir,
+}
+
+impl<const KEPT: bool, const DIRECT: bool> Fixture for Overlay<KEPT, DIRECT> {
+    fn new(capacity: u64) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let (base, path) = (dir.path().join("base"), dir.path().join("own"));
+        // One that is kept ends after its base does.
+        let base_len = if KEPT { (capacity / 2).next_multiple_of(512) } else { capacity };
+        File::create(&base).unwrap().set_len(base_len).unwrap();
+        let cache = if DIRECT { Cache::None } else { Cache::Writeback };
+        let place = if KEPT { Place::Kept { path: path.clone(), cache } } else { Place::Memory };
+        let options = OverlayOptions { place, size: Some(capacity), limit: None };
+        let store = OverlayStore::open(&overlay::tests::base(&base), &options).unwrap();
+        Self { store, base: vec![0; base_len as usize], path, _dir: dir }
+    }
+
+    fn store(&self) -> &dyn Store {
+        &self.store
+    }
+
+    fn ring(waker: &Waker) -> Uring {
+        Uring::new(waker).unwrap()
+    }
+}
+
+impl<const KEPT: bool, const DIRECT: bool> KeepsBlocks for Overlay<KEPT, DIRECT> {}
+
+impl<const DIRECT: bool> IsStable for Overlay<true, DIRECT> {
+    fn stored(&self) -> Vec<u8> {
+        overlay::tests::stored(&self.path, &self.base)
+    }
+}
+
 contract! {
     memory: MemoryStore, operations blocks;
     null: NullStore, operations;
@@ -751,4 +793,7 @@ contract! {
     file_sqpoll: StoredFile<true, Submitted>, operations blocks stable;
     file_buffered: StoredFile<false>, operations blocks stable;
     file_buffered_sqpoll: StoredFile<false, Submitted>, operations blocks stable;
+    overlay_in_memory: Overlay<false, false>, operations blocks;
+    overlay_kept: Overlay<true, false>, operations blocks stable;
+    overlay_kept_direct: Overlay<true, true>, operations blocks stable;
 }

@@ -28,6 +28,7 @@ pub mod file;
 mod immediate;
 pub mod memory;
 pub mod null;
+pub mod overlay;
 pub mod uring;
 
 use std::io;

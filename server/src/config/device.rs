@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use clap::ValueEnum;
 use serde::Deserialize;
 
+use super::overlay::{InvalidOverlay, OverlayKind};
 use super::{ClientLimits, NumberList, Size, SocketMode};
 
 /// The size of a disk that has neither a file nor a size.
@@ -120,6 +121,23 @@ pub struct DeviceConfig {
     #[arg(long)]
     #[serde(default)]
     pub any_memory_file: bool,
+
+    /// Image file or block device that the disk starts as a copy of, which is only read and may be shared by many devices
+    #[arg(long, value_name = "FILE")]
+    pub overlay_of: Option<PathBuf>,
+
+    /// Where changes go, in place of the store, which is only read [default: kept with --overlay-file, memory with
+    /// --overlay-of, else into the store]
+    #[arg(long, value_enum)]
+    pub overlay: Option<OverlayKind>,
+
+    /// File of a kept overlay, made if there is none; of a temporary one, the folder where its file is made
+    #[arg(long, value_name = "PATH")]
+    pub overlay_file: Option<PathBuf>,
+
+    /// Most bytes of changes; writes of more fail [default: as many as the disk has]
+    #[arg(long, value_name = "SIZE")]
+    pub overlay_limit: Option<Size>,
 }
 
 /// Where the blocks live.
@@ -214,6 +232,9 @@ pub enum InvalidDevice {
     /// The size.
     #[error("size is {0}; it must be a multiple of 512 bytes, and more than 0")]
     Size(Size),
+    /// The overlay.
+    #[error(transparent)]
+    Overlay(#[from] InvalidOverlay),
 }
 
 impl DeviceConfig {
@@ -244,6 +265,10 @@ impl DeviceConfig {
             max_fds: None,
             max_data_xfer_size: None,
             any_memory_file: false,
+            overlay_of: None,
+            overlay: None,
+            overlay_file: None,
+            overlay_limit: None,
         }
     }
 
@@ -253,7 +278,7 @@ impl DeviceConfig {
     /// The first thing that is wrong.
     pub fn check(&self) -> Result<(), InvalidDevice> {
         let file = self.store_kind() == StoreKind::File;
-        if file && self.blk_file.is_none() {
+        if file && self.blk_file.is_none() && self.overlay_of.is_none() {
             return Err(InvalidDevice::NoFile);
         }
         if !file && self.blk_file.is_some() {
@@ -284,6 +309,7 @@ impl DeviceConfig {
             return Err(InvalidDevice::NobodyAllowed);
         }
         self.limits()?;
+        self.check_overlay()?;
         match &self.serial {
             Some(serial) if serial.len() > 20 || !serial.bytes().all(|byte| (b' '..=b'~').contains(&byte)) => {
                 Err(InvalidDevice::Serial(serial.clone()))
@@ -307,7 +333,8 @@ impl DeviceConfig {
 
     /// The store that was named, or that follows from the rest.
     pub fn store_kind(&self) -> StoreKind {
-        self.store.unwrap_or(if self.blk_file.is_some() { StoreKind::File } else { StoreKind::Memory })
+        let file = self.blk_file.is_some() || self.overlay_of.is_some();
+        self.store.unwrap_or(if file { StoreKind::File } else { StoreKind::Memory })
     }
 
     /// Bytes of a disk that has no file.

@@ -6,6 +6,7 @@ mod device;
 mod file;
 mod limits;
 mod numbers;
+mod overlay;
 mod sandbox;
 mod server;
 mod size;
@@ -17,6 +18,7 @@ pub use device::{Cache, DeviceConfig, Doorbell, InvalidDevice, PollPolicy, Store
 pub use file::ConfigFileError;
 pub use limits::ClientLimits;
 pub use numbers::{NumberList, NumberListError};
+pub use overlay::{InvalidOverlay, OverlayKind};
 pub use sandbox::SandboxMode;
 pub use server::{InvalidServer, ServerConfig};
 pub use size::{Size, SizeError};

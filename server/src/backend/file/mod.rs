@@ -122,6 +122,11 @@ impl FileStore {
             Err(reason) => Err(OpenError { path: options.path.clone(), reason }),
         }
     }
+
+    /// Its descriptor that goes through the page cache.
+    pub(in crate::backend) fn buffered(&self) -> &File {
+        &self.0.file
+    }
 }
 
 impl Store for FileStore {

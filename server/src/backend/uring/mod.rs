@@ -156,6 +156,11 @@ impl Uring {
         ring.borrow_mut().accounts().has_orphans()
     }
 
+    /// What ends its sleep: for backends that other threads have something to tell.
+    pub(super) fn waker(&self) -> &Waker {
+        &self.waker
+    }
+
     /// Whether it has a [`Lane::Polled`].
     pub(super) fn has_polled_lane(&self) -> bool {
         self.ring.as_ref().is_some_and(|ring| ring.borrow().has_polled())
