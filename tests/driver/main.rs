@@ -16,6 +16,7 @@ mod interrupts;
 mod io;
 mod live;
 mod notifications;
+mod overlay;
 mod pci;
 mod peer;
 mod process;

@@ -5,8 +5,8 @@ use std::path::Path;
 use clap::ValueEnum;
 use serde::Deserialize;
 
+use super::Size;
 use super::device::{DeviceConfig, StoreKind};
-use super::{Cache, Size};
 
 /// Where an overlay has its changes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, ValueEnum)]
@@ -98,6 +98,7 @@ impl DeviceConfig {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::config::Cache;
 
     fn check(change: impl FnOnce(&mut DeviceConfig)) -> Result<(), InvalidOverlay> {
         let mut device = DeviceConfig::new("blk.sock");
@@ -125,7 +126,8 @@ mod tests {
     #[test]
     fn what_does_not_go_together_is_refused() {
         assert_eq!(check(|device| device.overlay_limit = Some(Size(4096))), Ok(()));
-        let refusals: [(fn(&mut DeviceConfig), InvalidOverlay); 12] = [
+        type Refusal = (fn(&mut DeviceConfig), InvalidOverlay);
+        let refusals: [Refusal; 12] = [
             (|device| device.blk_file = Some("a".into()), InvalidOverlay::TwoBases("blk_file")),
             (|device| device.store = Some(StoreKind::File), InvalidOverlay::TwoBases("store")),
             (|device| device.overlay = Some(OverlayKind::Kept), InvalidOverlay::NoFile),

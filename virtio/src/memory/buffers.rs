@@ -301,6 +301,9 @@ impl PinnedBuffers {
         into.clear();
         let (mut skip, mut left) = (offset, len);
         for piece in self.iovecs() {
+            if left == 0 {
+                break;
+            }
             let start = skip.min(piece.iov_len as u64);
             skip = skip.saturating_sub(start);
             let taken = left.min((piece.iov_len as u64).saturating_sub(start));

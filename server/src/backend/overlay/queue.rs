@@ -240,21 +240,23 @@ impl OverlayBackend {
                 .pop()
                 .unwrap_or_else(|| Box::new(Io { token: 0, op: Op::Flush, buffers: PinnedBuffers::default() }));
             let Some(request) = self.requests.get_mut(number) else { return true };
-            let (target, next) = match (&request.left, request.op, &request.io) {
-                (Left::Read(at), Op::Read { offset }, Some(whole)) => {
-                    let (at, end) = (*at, offset.saturating_add(whole.buffers.len()));
+            let (target, next, taken) = match (&request.left, request.op, &mut request.io) {
+                (Left::Read(at), _, Some(whole)) => {
+                    // The buffers lose what was issued.
+                    let (at, end) = (*at, at.saturating_add(whole.buffers.len()));
                     let (source, len) = self.overlay.map.source(&(at..end));
-                    whole.buffers.part(at - offset, len, &mut part.buffers);
+                    whole.buffers.part(0, len, &mut part.buffers);
                     let next = if at + len < end { Left::Read(at + len) } else { Left::Nothing };
                     if source == Source::Zero {
                         part.buffers.fill(0);
+                        whole.buffers.advance(len);
                         request.left = next;
                         self.put_back(part);
                         continue;
                     }
                     let target = if source == Source::Base { Target::Base } else { Target::Own };
                     part.op = self.shifted(target, Op::Read { offset: at }, false);
-                    (target, next)
+                    (target, next, len)
                 }
                 (Left::Erase(bytes), op, _) => {
                     let (offset, len) = (bytes.start, bytes.end - bytes.start);
@@ -264,7 +266,7 @@ impl OverlayBackend {
                         _ => Op::WriteZeroes { offset, len, unmap: true, durable: false },
                     };
                     part.op = self.shifted(Target::Own, op, false);
-                    (Target::Own, Left::Nothing)
+                    (Target::Own, Left::Nothing, 0)
                 }
                 _ => {
                     self.put_back(part);
@@ -277,6 +279,7 @@ impl OverlayBackend {
             }
             if let Some(request) = self.requests.get_mut(number) {
                 request.left = next;
+                request.io.iter_mut().for_each(|whole| whole.buffers.advance(taken));
             }
         }
     }
