@@ -1,6 +1,7 @@
 //! Where a device's blocks live, as its description says.
 
 mod bases;
+mod faults;
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -62,6 +63,11 @@ pub enum StoreError {
 /// # Errors
 /// What cannot be had, and how to have it.
 pub(crate) fn open(config: &DeviceConfig, bases: &mut Bases) -> Result<Arc<dyn Store>, StoreError> {
+    Ok(faults::with_faults(open_overlay(config, bases)?, config))
+}
+
+/// A store with nothing in front of it, which may be an overlay.
+fn open_overlay(config: &DeviceConfig, bases: &mut Bases) -> Result<Arc<dyn Store>, StoreError> {
     let Some(kind) = config.overlay() else { return open_plain(config) };
     let base = bases.open(config)?;
     let (path, cache) = (config.overlay_file.clone().unwrap_or_default(), file_cache(config));

@@ -25,6 +25,7 @@ mod requests;
 mod rig;
 mod sandbox;
 mod scale;
+mod storage_faults;
 mod transport;
 mod workers;
 mod workload;

@@ -17,6 +17,7 @@ use nix::sys::memfd::{MFdFlags, memfd_create};
 use proptest::prelude::*;
 use virtio::memory::{Access, GuestMemory, Mapping, MemoryFile, PinnedBuffers, Release, SharedTable};
 
+use super::faults::{Fault, FaultyStore, Latency, Rule, When};
 use super::file::{Cache, FileOptions, FileStore};
 use super::memory::MemoryStore;
 use super::null::NullStore;
@@ -785,6 +786,28 @@ impl<const DIRECT: bool> IsStable for Overlay<true, DIRECT> {
     }
 }
 
+/// Memory that answers when it likes.
+struct Late(FaultyStore);
+
+impl Fixture for Late {
+    fn new(capacity: u64) -> Self {
+        let latency = Latency::Uniform(Duration::ZERO, Duration::from_micros(300));
+        let late = |when| Rule { kinds: Vec::new(), sectors: None, when, fault: Fault::Latency(latency) };
+        let rules = vec![late(When::Probability(0.4)), late(When::Every(7))];
+        Self(FaultyStore::new(Arc::new(MemoryStore::new(capacity).unwrap()), rules, 1))
+    }
+
+    fn store(&self) -> &dyn Store {
+        &self.0
+    }
+
+    fn ring(waker: &Waker) -> Uring {
+        Uring::new(waker).unwrap()
+    }
+}
+
+impl KeepsBlocks for Late {}
+
 contract! {
     memory: MemoryStore, operations blocks;
     null: NullStore, operations;
@@ -796,4 +819,5 @@ contract! {
     overlay_in_memory: Overlay<false, false>, operations blocks;
     overlay_kept: Overlay<true, false>, operations blocks stable;
     overlay_kept_direct: Overlay<true, true>, operations blocks stable;
+    late: Late, operations blocks;
 }

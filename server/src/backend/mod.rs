@@ -24,6 +24,7 @@
 
 #[cfg(test)]
 pub(crate) mod contract;
+pub mod faults;
 pub mod file;
 mod immediate;
 pub mod memory;

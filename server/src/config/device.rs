@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use clap::ValueEnum;
 use serde::Deserialize;
 
+use super::fault::{FaultConfig, InvalidFault};
 use super::overlay::{InvalidOverlay, OverlayKind};
 use super::{ClientLimits, NumberList, Size, SocketMode};
 
@@ -138,6 +139,15 @@ pub struct DeviceConfig {
     /// Most bytes of changes; writes of more fail [default: as many as the disk has]
     #[arg(long, value_name = "SIZE")]
     pub overlay_limit: Option<Size>,
+
+    /// What goes wrong with the store, on purpose: `[[device.fault]]` tables of the configuration file
+    #[arg(skip)]
+    #[serde(rename = "fault", default)]
+    pub faults: Vec<FaultConfig>,
+
+    /// Where the sequence of faults starts: the same operations meet the same faults, time after time [default: 0]
+    #[arg(skip)]
+    pub fault_seed: Option<u64>,
 }
 
 /// Where the blocks live.
@@ -235,6 +245,17 @@ pub enum InvalidDevice {
     /// The overlay.
     #[error(transparent)]
     Overlay(#[from] InvalidOverlay),
+    /// A fault.
+    #[error("fault {number}: {source}")]
+    Fault {
+        /// Which `[[device.fault]]` table, from 1.
+        number: usize,
+        /// What is wrong with it.
+        source: InvalidFault,
+    },
+    /// A seed of nothing.
+    #[error("fault_seed is for faults; add a [[device.fault]], or leave it out")]
+    FaultSeedUnused,
 }
 
 impl DeviceConfig {
@@ -269,6 +290,8 @@ impl DeviceConfig {
             overlay: None,
             overlay_file: None,
             overlay_limit: None,
+            faults: Vec::new(),
+            fault_seed: None,
         }
     }
 
@@ -310,6 +333,12 @@ impl DeviceConfig {
         }
         self.limits()?;
         self.check_overlay()?;
+        for (number, fault) in (1..).zip(&self.faults) {
+            fault.check().map_err(|source| InvalidDevice::Fault { number, source })?;
+        }
+        if self.fault_seed.is_some() && self.faults.is_empty() {
+            return Err(InvalidDevice::FaultSeedUnused);
+        }
         match &self.serial {
             Some(serial) if serial.len() > 20 || !serial.bytes().all(|byte| (b' '..=b'~').contains(&byte)) => {
                 Err(InvalidDevice::Serial(serial.clone()))

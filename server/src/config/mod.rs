@@ -3,6 +3,7 @@
 mod bench;
 mod cli;
 mod device;
+mod fault;
 mod file;
 mod limits;
 mod numbers;
@@ -15,6 +16,7 @@ mod socket;
 pub use bench::{BenchArgs, CompletionMode, Kick, Switch, Workload};
 pub use cli::{Cli, Command, ServeArgs};
 pub use device::{Cache, DeviceConfig, Doorbell, InvalidDevice, PollPolicy, StoreKind};
+pub use fault::{Decimal, FaultConfig, FaultKind, FaultOn, InvalidFault, Sectors, Wait};
 pub use file::ConfigFileError;
 pub use limits::ClientLimits;
 pub use numbers::{NumberList, NumberListError};

@@ -15,6 +15,7 @@ use virtio::memory::PinnedBuffers;
 use super::commit::Outcome;
 use super::*;
 use crate::backend::contract::{Rig, pattern};
+use crate::backend::faults::{Fault, FaultyStore, Kind, Rule, When};
 use crate::backend::uring::Waker;
 use crate::backend::{Io, Op, SECTOR};
 
@@ -484,6 +485,86 @@ fn a_failed_round_fails_those_who_wait_and_is_done_again() {
         rig.write(512, &pattern(1, 512), false);
         rig.write(0, &pattern(1, 512), false);
     }
+}
+
+#[test]
+fn who_waits_for_a_round_shares_its_outcome() {
+    use crate::backend::uring::Operation;
+    let golden = Golden::new(MIB);
+    let store = golden.open(golden.kept());
+    let kept = store.0.stored.as_ref().unwrap();
+    let mut rig = Rig::new(&store);
+    for (sector, fails) in [(0, false), (1, true), (2, false)] {
+        rig.write(sector * SECTOR, &pattern(sector, SECTOR), false);
+        // One runs, so that the flush waits for the next, which is led by somebody else and fails, or is abandoned.
+        kept.join(None);
+        let running = kept.lead().unwrap();
+        rig.submit(Op::Flush, PinnedBuffers::default()).unwrap();
+        drop(running);
+        let mut next = kept.lead().unwrap();
+        if fails {
+            next.landed(&(), -libc::EIO);
+        }
+        drop(next);
+        let result = rig.finish().pop().unwrap().result;
+        assert_eq!(result.err().and_then(|error| error.raw_os_error()), fails.then_some(libc::EIO));
+        let found = stored(&golden.own(), &golden.bytes);
+        assert_eq!(found[sector as usize * 512..][..512] == pattern(sector, SECTOR), !fails, "sector {sector}");
+    }
+}
+
+/// A worker with much to do never waits: what follows a completion must start by itself.
+#[test]
+fn looking_is_enough_for_all_that_follows() {
+    let golden = Golden::new(4 * MIB);
+    let store = golden.open(golden.kept());
+    let mut rig = Rig::new(&store);
+    let buffers = rig.guest.buffers(&[(0, 512)]);
+    rig.submit(Op::Write { offset: 0, durable: true }, buffers).unwrap();
+    rig.ring.submit().unwrap();
+    rig.look_until_done();
+    for sector in (0..8192).step_by(2) {
+        rig.write(sector * SECTOR, &pattern(sector, SECTOR), false);
+    }
+    // More parts than a store takes at once.
+    let buffers = rig.guest.buffers(&[(0, 4 * MIB)]);
+    rig.submit(Op::Read { offset: 0 }, buffers).unwrap();
+    rig.ring.submit().unwrap();
+    rig.look_until_done();
+}
+
+#[test]
+fn what_fails_leaves_what_was_there() {
+    let golden = Golden::new(MIB);
+    let with = |kinds, base_fails: bool| {
+        let fault = |inner, fails: bool| -> Arc<dyn Store> {
+            let rule = Rule { kinds, sectors: None, when: When::Always, fault: Fault::Error(libc::EIO) };
+            if fails { Arc::new(FaultyStore::new(inner, vec![rule], 0)) } else { inner }
+        };
+        let store = golden.open(Place::Memory);
+        let Overlay { base, own, own_offset, map, info, .. } = &*store.0;
+        let (base, own) = (Arc::clone(base), Arc::clone(own));
+        let (own_offset, map, info) = (*own_offset, Arc::clone(map), info.clone());
+        let (base, own) = if base_fails { (fault(base, true), own) } else { (base, fault(own, true)) };
+        OverlayStore(Arc::new(Overlay { base, own, own_offset, map, stored: None, info }))
+    };
+    let failed = |rig: &mut Rig, op, len| {
+        let buffers = rig.guest.buffers(&[(0, len)]);
+        rig.one(op, buffers).result.is_err()
+    };
+    let store = with(vec![Kind::Write], false);
+    let mut rig = Rig::new(&store);
+    assert!(failed(&mut rig, Op::Write { offset: 0, durable: false }, 4096));
+    assert!(rig.read(0, 8192) == golden.bytes[..8192]);
+    assert_eq!(store.own_bytes(), 0, "it takes no room");
+    // A read of parts fails once when some of them do.
+    let store = with(vec![Kind::Read], true);
+    let mut rig = Rig::new(&store);
+    for sector in (0..64).step_by(2) {
+        rig.write(sector * SECTOR, &pattern(sector, SECTOR), false);
+    }
+    assert!(failed(&mut rig, Op::Read { offset: 0 }, 64 * SECTOR));
+    assert_eq!(rig.read(2 * SECTOR, SECTOR), pattern(2, SECTOR), "that needs no base");
 }
 
 #[test]

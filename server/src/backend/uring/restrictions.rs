@@ -10,7 +10,7 @@ use io_uring::register::Restriction;
 use io_uring::squeue::Flags;
 use io_uring::{IoUring, opcode};
 
-/// To move bytes of files that are open. None makes a descriptor.
+/// To move bytes of files that are open, and to wait. None makes a descriptor.
 const OPERATIONS: &[u8] = &[
     opcode::Read::CODE,
     opcode::Write::CODE,
@@ -22,6 +22,8 @@ const OPERATIONS: &[u8] = &[
     opcode::WritevFixed::CODE,
     opcode::Fsync::CODE,
     opcode::Fallocate::CODE,
+    // For what is to come late.
+    opcode::Timeout::CODE,
     #[cfg(test)]
     opcode::Nop::CODE,
 ];
