@@ -20,7 +20,7 @@ use crate::doorbell_page::DoorbellPage;
 use crate::listener::{ListenError, Listener};
 use crate::sandbox::{Entrance, Sandbox, SandboxError, ThreadKind};
 use crate::session::{Session, Stop};
-use crate::store::{self, StoreError};
+use crate::store::{self, Bases, StoreError};
 use crate::worker::{Pool, PoolError, WorkerPlan};
 
 /// The most data segments of a request that we ask drivers to keep to, whatever the size of the queue.
@@ -130,8 +130,9 @@ impl Server {
         let stop = Arc::new(Stop::new().map_err(OpenError::Threads)?);
         // All or nothing: the sockets appear once every store is open.
         let entrance = Entrance::default();
+        let mut bases = Bases::default();
         let mut devices: Vec<_> =
-            config.devices.iter().map(|device| open_device(device, &entrance)).collect::<Result<_, _>>()?;
+            config.devices.iter().map(|device| open_device(device, &entrance, &mut bases)).collect::<Result<_, _>>()?;
         let listeners: Vec<_> = config.devices.iter().map(Listener::bind).collect::<Result<_, _>>()?;
         // From here on threads only serve what is open.
         let folders: Vec<_> = listeners.iter().filter_map(|listener| listener.path().parent()).collect();
@@ -213,12 +214,16 @@ fn start_service(service: Service, sandbox: &Sandbox) -> io::Result<()> {
     thread::Builder::new().name("store".into()).stack_size(STORE_STACK).spawn(run).map(drop)
 }
 
-fn open_device(config: &DeviceConfig, entrance: &Entrance) -> Result<(Device, String, Option<Service>), OpenError> {
+fn open_device(
+    config: &DeviceConfig,
+    entrance: &Entrance,
+    bases: &mut Bases,
+) -> Result<(Device, String, Option<Service>), OpenError> {
     let socket_path = || config.socket_path.clone();
     let invalid = |source| OpenError::Invalid { socket_path: socket_path(), source };
     config.check().map_err(invalid)?;
     let limits = config.limits().map_err(invalid)?;
-    let store = store::open(config, entrance)?;
+    let store = store::open(config, entrance, bases)?;
     let info = store.info();
     let store_service = store.service();
     let queues = config.num_queues().min(store.max_queues());

@@ -1,7 +1,10 @@
 //! Where a device's blocks live, as its description says.
 
+mod bases;
+mod faults;
+
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -11,9 +14,12 @@ use crate::backend::image::{Format, ImageError, ImageOptions, ImageStore};
 use crate::backend::memory::MemoryStore;
 use crate::backend::nbd::{NbdError, NbdOptions, NbdStore};
 use crate::backend::null::NullStore;
+use crate::backend::overlay::{OverlayError, OverlayOptions, OverlayStore, Place};
 use crate::backend::uring::{Uring, UringError, Waker};
-use crate::config::{Cache, DeviceConfig, InvalidDevice, Size, StoreKind};
+use crate::config::{Cache, DeviceConfig, InvalidDevice, OverlayKind, Size, StoreKind};
 use crate::sandbox::Entrance;
+
+pub(crate) use bases::Bases;
 
 /// Why a store cannot be opened.
 #[derive(Debug, thiserror::Error)]
@@ -43,6 +49,17 @@ pub enum StoreError {
         /// What the system said.
         source: io::Error,
     },
+    /// An overlay.
+    #[error(transparent)]
+    Overlay(#[from] OverlayError),
+    /// The image under one.
+    #[error("{}: cannot look at what it holds: {source}", base.display())]
+    Base {
+        /// The image.
+        base: PathBuf,
+        /// What the system said.
+        source: io::Error,
+    },
     /// Descriptors.
     #[error("cannot have an eventfd: {0}")]
     Descriptor(#[source] io::Error),
@@ -62,23 +79,44 @@ pub enum StoreError {
     },
 }
 
-/// Opens it. Threads that it starts do nothing before `entrance` is open.
+/// Opens it; what overlays lie over is among `bases`, or joins them. Threads that it starts do nothing before `entrance` is
+/// open.
 ///
 /// # Errors
 /// What cannot be had, and how to have it.
-pub(crate) fn open(config: &DeviceConfig, entrance: &Entrance) -> Result<Arc<dyn Store>, StoreError> {
+pub(crate) fn open(
+    config: &DeviceConfig,
+    entrance: &Entrance,
+    bases: &mut Bases,
+) -> Result<Arc<dyn Store>, StoreError> {
+    Ok(faults::with_faults(open_overlay(config, entrance, bases)?, config))
+}
+
+/// A store with nothing in front of it, which may be an overlay.
+fn open_overlay(config: &DeviceConfig, entrance: &Entrance, bases: &mut Bases) -> Result<Arc<dyn Store>, StoreError> {
+    let Some(kind) = config.overlay() else { return open_plain(config, entrance) };
+    let base = bases.open(config)?;
+    let (path, cache) = (config.overlay_file.clone().unwrap_or_default(), file_cache(config));
+    let place = match kind {
+        OverlayKind::Memory => Place::Memory,
+        OverlayKind::Temporary => Place::Temporary { folder: path, cache },
+        OverlayKind::Kept => Place::Kept { path, cache },
+    };
+    let (size, limit) = (config.size.map(|size| size.0), config.overlay_limit.map(|limit| limit.0));
+    Ok(Arc::new(OverlayStore::open(&base, &OverlayOptions { place, size, limit })?))
+}
+
+fn open_plain(config: &DeviceConfig, entrance: &Entrance) -> Result<Arc<dyn Store>, StoreError> {
     let size = config.size_or_default();
     let disk = |source| StoreError::Disk { socket_path: config.socket_path.clone(), size: Size(size), source };
     Ok(match (config.store_kind(), &config.blk_file) {
         (StoreKind::Null, _) => Arc::new(NullStore::new(size).map_err(disk)?),
         (StoreKind::File, Some(path)) => {
-            // Each worker makes a ring of its own; whether it can is to be known before a guest finds out.
-            let no_ring = |source| StoreError::Uring { blk_file: path.clone(), source };
-            Uring::new(&Waker::new().map_err(StoreError::Descriptor)?).map_err(no_ring)?;
+            check_ring(path)?;
             Arc::new(FileStore::open(&FileOptions {
                 path: path.clone(),
                 read_only: config.read_only,
-                cache: cache(config),
+                cache: file_cache(config),
                 size: config.size.map(|size| size.0),
                 fixed_buffers: config.fixed_buffers,
                 iopoll: config.iopoll,
@@ -90,7 +128,7 @@ pub(crate) fn open(config: &DeviceConfig, entrance: &Entrance) -> Result<Arc<dyn
                 path: path.clone(),
                 format: if kind == StoreKind::Qcow2 { Format::Qcow2 } else { Format::Vmdk },
                 read_only: config.read_only,
-                cache: cache(config),
+                cache: file_cache(config),
                 size: config.size.map(|size| size.0),
             };
             Arc::new(ImageStore::open(&options, entrance)?)
@@ -113,7 +151,13 @@ fn open_nbd(config: &DeviceConfig) -> Result<Arc<dyn Store>, StoreError> {
     })?))
 }
 
-fn cache(config: &DeviceConfig) -> file::Cache {
+/// Each worker makes a ring of its own; whether it can is to be known before a guest finds out.
+fn check_ring(path: &Path) -> Result<(), StoreError> {
+    let no_ring = |source| StoreError::Uring { blk_file: path.to_owned(), source };
+    Uring::new(&Waker::new().map_err(StoreError::Descriptor)?).map(drop).map_err(no_ring)
+}
+
+fn file_cache(config: &DeviceConfig) -> file::Cache {
     match config.cache() {
         Cache::None => file::Cache::None,
         Cache::Writeback => file::Cache::Writeback,
@@ -123,6 +167,14 @@ fn cache(config: &DeviceConfig) -> file::Cache {
 
 /// What it is, in a few words.
 pub(crate) fn describe(config: &DeviceConfig) -> String {
+    if let Some(kind) = config.overlay() {
+        let own = match (kind, &config.overlay_file) {
+            (OverlayKind::Kept, Some(path)) => format!("overlay {}", path.display()),
+            (OverlayKind::Temporary, _) => "temporary overlay".to_owned(),
+            _ => "overlay in memory".to_owned(),
+        };
+        return format!("{own} of {}", config.image().unwrap_or(Path::new("nothing")).display());
+    }
     match (config.store_kind(), &config.blk_file) {
         (StoreKind::Null, _) => "null".to_owned(),
         (StoreKind::File, Some(path)) => path.display().to_string(),

@@ -19,6 +19,7 @@ use std::thread;
 
 use client::{BlockOptions, BlockQueue, BlockRequest, Buffer, Client, GuestMemory, RequestType};
 use nix::sys::signal::Signal;
+use tempfile::TempDir;
 
 use crate::binary::{Served, disk};
 use crate::rig::{DISK, IOVA, LIMIT, Machine, OK, Random, until};
@@ -63,13 +64,18 @@ impl Journal {
         self.last = self.last.max(batch);
     }
 
-    /// Holds the file against it, and takes what it finds for what is there from now on.
-    pub(crate) fn check(&mut self, image: &Path) {
+    /// Holds the file against it.
+    pub(crate) fn check(&self, image: &Path) {
         let file = File::open(image).unwrap();
         assert_eq!(file.metadata().unwrap().len(), DISK);
+        self.check_slots(|slot, bytes| file.read_exact_at(bytes, (slot * SLOT) as u64).unwrap());
+    }
+
+    /// Holds a disk against it.
+    fn check_slots(&self, mut read: impl FnMut(usize, &mut [u8])) {
         let mut bytes = vec![0; SLOT];
         for slot in 0..SLOTS {
-            file.read_exact_at(&mut bytes, (slot * SLOT) as u64).unwrap();
+            read(slot, &mut bytes);
             for (index, found) in bytes.chunks(SECTOR).enumerate() {
                 let batch = u64::from_le_bytes(found[..8].try_into().unwrap());
                 let place = format!("slot {slot}, sector {index}: batch {batch}");
@@ -143,41 +149,94 @@ fn image(folder: &Path, cache: &str) -> Vec<String> {
 
 fn kill_servers(rounds: u64) {
     for cache in ["none", "writeback", "writethrough"] {
-        let mut random = Random::new(rounds);
-        let mut journal = Journal::new();
-        let mut folder = tempfile::tempdir().unwrap();
-        for round in 0..rounds {
-            let server = Served::start_in(folder, |folder| image(folder, cache));
-            let mut writer = Writer::new(server.client());
-            let (dead, answers) = (AtomicBool::new(false), AtomicU64::new(0));
-            let fatal = random.below(400);
-            folder = thread::scope(|scope| {
-                let (dead, answers) = (&dead, &answers);
-                let killer = scope.spawn(move || {
-                    until("enough is answered", || answers.load(Ordering::Relaxed) >= fatal);
-                    server.signal(Signal::SIGKILL);
-                    let (status, _, folder) = server.wait();
-                    dead.store(true, Ordering::Release);
-                    assert_eq!(std::os::unix::process::ExitStatusExt::signal(&status), Some(libc::SIGKILL));
-                    folder
-                });
-                loop {
-                    let batch = journal.last + 1;
-                    journal.last = batch;
-                    let whole = writer.write(batch, dead, || {
-                        answers.fetch_add(1, Ordering::Relaxed);
-                    });
-                    if !whole {
-                        break;
-                    }
-                    journal.acknowledge(batch);
-                }
-                killer.join().unwrap()
-            });
-            assert!(answers.into_inner() >= fatal, "{cache} {round}");
+        let folder = tempfile::tempdir().unwrap();
+        kill_servers_of(folder, rounds, &|folder| image(folder, cache), |journal, folder| {
             journal.check(&folder.path().join("disk.img"));
-        }
+            folder
+        });
     }
+}
+
+/// Kills one server after the other; `check` holds what each leaves behind in the folder against the journal.
+fn kill_servers_of(
+    mut folder: TempDir,
+    rounds: u64,
+    arguments: &dyn Fn(&Path) -> Vec<String>,
+    check: impl Fn(&Journal, TempDir) -> TempDir,
+) -> TempDir {
+    let mut random = Random::new(rounds);
+    let mut journal = Journal::new();
+    for round in 0..rounds {
+        let server = Served::start_in(folder, arguments);
+        let mut writer = Writer::new(server.client());
+        let (dead, answers) = (AtomicBool::new(false), AtomicU64::new(0));
+        let fatal = random.below(400);
+        folder = thread::scope(|scope| {
+            let (dead, answers) = (&dead, &answers);
+            let killer = scope.spawn(move || {
+                until("enough is answered", || answers.load(Ordering::Relaxed) >= fatal);
+                server.signal(Signal::SIGKILL);
+                let (status, _, folder) = server.wait();
+                dead.store(true, Ordering::Release);
+                assert_eq!(std::os::unix::process::ExitStatusExt::signal(&status), Some(libc::SIGKILL));
+                folder
+            });
+            loop {
+                let batch = journal.last + 1;
+                journal.last = batch;
+                let whole = writer.write(batch, dead, || {
+                    answers.fetch_add(1, Ordering::Relaxed);
+                });
+                if !whole {
+                    break;
+                }
+                journal.acknowledge(batch);
+            }
+            killer.join().unwrap()
+        });
+        assert!(answers.into_inner() >= fatal, "round {round}");
+        folder = check(&journal, folder);
+    }
+    folder
+}
+
+fn overlay(folder: &Path, cache: &str) -> Vec<String> {
+    let path = |name: &str| folder.join(name).display().to_string();
+    let mut arguments = vec!["--socket-path".to_owned(), path("blk.sock"), "--cache".to_owned(), cache.to_owned()];
+    arguments.extend(["--overlay-of".into(), path("golden.img"), "--overlay-file".into(), path("disk.cow")]);
+    arguments
+}
+
+/// Kills servers of a kept overlay: what the next one finds in it is held against the journal.
+fn kill_overlays(rounds: u64) {
+    for cache in ["none", "writeback", "writethrough"] {
+        let folder = tempfile::tempdir().unwrap();
+        let golden = folder.path().join("golden.img");
+        File::create(&golden).unwrap().set_len(DISK).unwrap();
+        let arguments = |folder: &Path| overlay(folder, cache);
+        let folder = kill_servers_of(folder, rounds, &arguments, |journal, folder| {
+            let server = Served::start_in(folder, arguments);
+            let options = BlockOptions { queues: 1, bounce_size: SLOT, ..BlockOptions::default() };
+            let mut machine = Machine::new(server.client(), &options);
+            let queue = &mut machine.queues[0];
+            journal.check_slots(|slot, bytes| queue.read((slot * SLOT / SECTOR) as u64, bytes).unwrap());
+            drop(machine);
+            server.stop()
+        });
+        let golden = std::fs::read(folder.path().join("golden.img")).unwrap();
+        assert!(golden.len() as u64 == DISK && golden.iter().all(|byte| *byte == 0), "the base was changed");
+    }
+}
+
+#[test]
+fn a_killed_server_has_lost_nothing_of_an_overlay_that_was_flushed() {
+    kill_overlays(4);
+}
+
+#[test]
+#[ignore = "takes minutes"]
+fn soak_a_server_killed_three_hundred_times_has_lost_nothing_of_an_overlay() {
+    kill_overlays(100);
 }
 
 #[test]

@@ -281,7 +281,7 @@ fn a_killed_nbd_server_costs_nothing_but_time() {
         let rig = export.rig();
         let (mut journal, mut writer) = (Journal::new(), Writer::new(rig.client()));
         let (over, answers) = (AtomicBool::new(false), AtomicU64::new(0));
-        let mut journal = thread::scope(|scope| {
+        let journal = thread::scope(|scope| {
             let (over, answers) = (&over, &answers);
             let writing = scope.spawn(move || {
                 while !over.load(Ordering::Acquire) {

@@ -17,12 +17,14 @@ use nix::sys::memfd::{MFdFlags, memfd_create};
 use proptest::prelude::*;
 use virtio::memory::{Access, GuestMemory, Mapping, MemoryFile, PinnedBuffers, Release, SharedTable};
 
+use super::faults::{Fault, FaultyStore, Latency, Rule, When};
 use super::file::{Cache, FileOptions, FileStore};
 use super::image::{self, ImageOptions, ImageStore};
 use super::memory::MemoryStore;
 use super::nbd::NbdStore;
 use super::nbd::testing::{Conduct, Server};
 use super::null::NullStore;
+use super::overlay::{self, OverlayOptions, OverlayStore, Place};
 use super::uring::{SqPoll, Uring, UringOptions, Waker};
 use super::{Backend, Completion, Full, Io, Op, Store};
 use crate::sandbox::Entrance;
@@ -225,7 +227,7 @@ impl Rig {
 const MIB: u64 = 1 << 20;
 
 /// Bytes that differ from sector to sector and from place to place in it.
-fn pattern(seed: u64, len: u64) -> Vec<u8> {
+pub(super) fn pattern(seed: u64, len: u64) -> Vec<u8> {
     (0..len).map(|at| (seed ^ at ^ (at / 512).wrapping_mul(167)) as u8 | 1).collect()
 }
 
@@ -833,6 +835,67 @@ impl<const DIRECT: bool, const BACKED: bool> IsStable for StoredImage<DIRECT, BA
     }
 }
 
+/// An overlay over a file of zeroes, in memory or in another file.
+struct Overlay<const KEPT: bool, const DIRECT: bool> {
+    store: OverlayStore,
+    base: Vec<u8>,
+    path: PathBuf,
+    _dir: tempfile::TempDir,
+}
+
+impl<const KEPT: bool, const DIRECT: bool> Fixture for Overlay<KEPT, DIRECT> {
+    fn new(capacity: u64) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let (base, path) = (dir.path().join("base"), dir.path().join("own"));
+        // One that is kept ends after its base does.
+        let base_len = if KEPT { (capacity / 2).next_multiple_of(512) } else { capacity };
+        File::create(&base).unwrap().set_len(base_len).unwrap();
+        let cache = if DIRECT { Cache::None } else { Cache::Writeback };
+        let place = if KEPT { Place::Kept { path: path.clone(), cache } } else { Place::Memory };
+        let options = OverlayOptions { place, size: Some(capacity), limit: None };
+        let store = OverlayStore::open(&overlay::tests::base(&base), &options).unwrap();
+        Self { store, base: vec![0; base_len as usize], path, _dir: dir }
+    }
+
+    fn store(&self) -> &dyn Store {
+        &self.store
+    }
+
+    fn ring(waker: &Waker) -> Uring {
+        Uring::new(waker).unwrap()
+    }
+}
+
+impl<const KEPT: bool, const DIRECT: bool> KeepsBlocks for Overlay<KEPT, DIRECT> {}
+
+impl<const DIRECT: bool> IsStable for Overlay<true, DIRECT> {
+    fn stored(&self) -> Vec<u8> {
+        overlay::tests::stored(&self.path, &self.base)
+    }
+}
+
+/// Memory that answers when it likes.
+struct Late(FaultyStore);
+
+impl Fixture for Late {
+    fn new(capacity: u64) -> Self {
+        let latency = Latency::Uniform(Duration::ZERO, Duration::from_micros(300));
+        let late = |when| Rule { kinds: Vec::new(), sectors: None, when, fault: Fault::Latency(latency) };
+        let rules = vec![late(When::Probability(0.4)), late(When::Every(7))];
+        Self(FaultyStore::new(Arc::new(MemoryStore::new(capacity).unwrap()), rules, 1))
+    }
+
+    fn store(&self) -> &dyn Store {
+        &self.0
+    }
+
+    fn ring(waker: &Waker) -> Uring {
+        Uring::new(waker).unwrap()
+    }
+}
+
+impl KeepsBlocks for Late {}
+
 contract! {
     memory: MemoryStore, operations blocks;
     null: NullStore, operations;
@@ -846,4 +909,8 @@ contract! {
     qcow2_direct: StoredImage<true, false>, operations blocks stable;
     qcow2_buffered: StoredImage<false, false>, operations blocks stable;
     qcow2_backed: StoredImage<false, true>, operations blocks stable;
+    overlay_in_memory: Overlay<false, false>, operations blocks;
+    overlay_kept: Overlay<true, false>, operations blocks stable;
+    overlay_kept_direct: Overlay<true, true>, operations blocks stable;
+    late: Late, operations blocks;
 }

@@ -5,13 +5,14 @@ use std::ptr::{self, NonNull};
 use std::rc::Rc;
 use std::sync::Arc;
 
+use nix::errno::Errno;
 use nix::sys::mman::{MmapAdvise, madvise};
 use nix::unistd::{SysconfVar, sysconf};
 use vm_memory::{MmapRegion, VolatileMemory, VolatileSlice};
 
 use super::immediate::{Execute, Immediate};
 use super::uring::Uring;
-use super::{Backend, Io, Op, SECTOR, Store, StoreInfo};
+use super::{Backend, Io, Op, SECTOR, Service, Store, StoreInfo};
 
 /// A RAM disk, zero at first. What was never written, and what was freed since, takes no memory.
 ///
@@ -50,6 +51,21 @@ impl MemoryStore {
         let page = sysconf(SysconfVar::PAGE_SIZE)?.and_then(|page| usize::try_from(page).ok()).unwrap_or(4096);
         Ok(Self(Arc::new(Blocks { region, page })))
     }
+
+    /// Has the system never put large pages in place of many small ones: memory is then taken by what is written, and not by
+    /// what lies around it.
+    ///
+    /// # Errors
+    /// If the system refuses.
+    pub fn without_huge_pages(self) -> io::Result<Self> {
+        if let Some(start) = NonNull::new(self.0.region.as_ptr()) {
+            // SAFETY: the whole region; what it holds stays.
+            let advised = unsafe { madvise(start.cast(), self.0.region.size(), MmapAdvise::MADV_NOHUGEPAGE) };
+            // A kernel without large pages does not know the word.
+            advised.or_else(|error| if error == Errno::EINVAL { Ok(()) } else { Err(error) })?;
+        }
+        Ok(self)
+    }
 }
 
 impl Store for MemoryStore {
@@ -72,6 +88,14 @@ impl Store for MemoryStore {
 
     fn flush(&self) -> io::Result<()> {
         Ok(())
+    }
+
+    fn max_queues(&self) -> u16 {
+        u16::MAX
+    }
+
+    fn service(&self) -> Option<Service> {
+        None
     }
 }
 

@@ -24,6 +24,7 @@
 
 #[cfg(test)]
 pub(crate) mod contract;
+pub mod faults;
 pub mod file;
 pub mod image;
 mod immediate;
@@ -31,6 +32,7 @@ mod lock;
 pub mod memory;
 pub mod nbd;
 pub mod null;
+pub mod overlay;
 mod threads;
 pub mod uring;
 
@@ -144,14 +146,10 @@ pub trait Store: Send + Sync {
     fn flush(&self) -> io::Result<()>;
 
     /// Queues that may be attached at the same time, at least 1.
-    fn max_queues(&self) -> u16 {
-        u16::MAX
-    }
+    fn max_queues(&self) -> u16;
 
     /// What it needs a thread of its own for, once: whoever opened the store starts it before queues are attached.
-    fn service(&self) -> Option<Service> {
-        None
-    }
+    fn service(&self) -> Option<Service>;
 }
 
 /// Work of a store's that is not done on its users' threads.

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use super::immediate::{Execute, Immediate};
 use super::uring::Uring;
-use super::{Backend, Io, SECTOR, Store, StoreInfo};
+use super::{Backend, Io, SECTOR, Service, Store, StoreInfo};
 
 /// Completes everything at once and does nothing: writes are forgotten, and reads leave the guest's memory as it is.
 ///
@@ -52,6 +52,14 @@ impl Store for NullStore {
 
     fn flush(&self) -> io::Result<()> {
         Ok(())
+    }
+
+    fn max_queues(&self) -> u16 {
+        u16::MAX
+    }
+
+    fn service(&self) -> Option<Service> {
+        None
     }
 }
 

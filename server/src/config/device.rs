@@ -5,9 +5,10 @@ use std::path::PathBuf;
 use clap::ValueEnum;
 use serde::Deserialize;
 
-use crate::backend::nbd::NbdUri;
-
+use super::fault::{FaultConfig, InvalidFault};
+use super::overlay::{InvalidOverlay, OverlayKind};
 use super::{ClientLimits, NumberList, Size, SocketMode};
+use crate::backend::nbd::NbdUri;
 
 /// The size of a disk that has neither a file nor a size.
 const DEFAULT_SIZE: Size = Size(1 << 30);
@@ -143,6 +144,31 @@ pub struct DeviceConfig {
     /// Name in the NBD server's certificate [default: the URI's host, or localhost for a UNIX socket]
     #[arg(long, value_name = "NAME")]
     pub nbd_tls_hostname: Option<String>,
+    /// Image file or block device that the disk starts as a copy of, which is only read and may be shared by many devices
+    #[arg(long, value_name = "FILE")]
+    pub overlay_of: Option<PathBuf>,
+
+    /// Where changes go, in place of the store, which is only read [default: kept with --overlay-file, memory with
+    /// --overlay-of, else into the store]
+    #[arg(long, value_enum)]
+    pub overlay: Option<OverlayKind>,
+
+    /// File of a kept overlay, made if there is none; of a temporary one, the folder where its file is made
+    #[arg(long, value_name = "PATH")]
+    pub overlay_file: Option<PathBuf>,
+
+    /// Most bytes of changes; writes of more fail [default: as many as the disk has]
+    #[arg(long, value_name = "SIZE")]
+    pub overlay_limit: Option<Size>,
+
+    /// What goes wrong with the store, on purpose: `[[device.fault]]` tables of the configuration file
+    #[arg(skip)]
+    #[serde(rename = "fault", default)]
+    pub faults: Vec<FaultConfig>,
+
+    /// Where the sequence of faults starts: the same operations meet the same faults, time after time [default: 0]
+    #[arg(skip)]
+    pub fault_seed: Option<u64>,
 }
 
 /// Where the blocks live.
@@ -273,6 +299,20 @@ pub enum InvalidDevice {
     /// A size for a store that has its own.
     #[error("an NBD export has its own size; leave size out")]
     NbdSize,
+    /// The overlay.
+    #[error(transparent)]
+    Overlay(#[from] InvalidOverlay),
+    /// A fault.
+    #[error("fault {number}: {source}")]
+    Fault {
+        /// Which `[[device.fault]]` table, from 1.
+        number: usize,
+        /// What is wrong with it.
+        source: InvalidFault,
+    },
+    /// A seed of nothing.
+    #[error("fault_seed is for faults; add a [[device.fault]], or leave it out")]
+    FaultSeedUnused,
 }
 
 impl DeviceConfig {
@@ -308,6 +348,12 @@ impl DeviceConfig {
             nbd_deadline: None,
             nbd_tls_dir: None,
             nbd_tls_hostname: None,
+            overlay_of: None,
+            overlay: None,
+            overlay_file: None,
+            overlay_limit: None,
+            faults: Vec::new(),
+            fault_seed: None,
         }
     }
 
@@ -318,7 +364,7 @@ impl DeviceConfig {
     pub fn check(&self) -> Result<(), InvalidDevice> {
         let file = self.store_kind() == StoreKind::File;
         let has_file = self.store_kind().has_file();
-        if has_file && self.blk_file.is_none() {
+        if has_file && self.blk_file.is_none() && self.overlay_of.is_none() {
             return Err(InvalidDevice::NoFile);
         }
         if !has_file && self.blk_file.is_some() {
@@ -351,6 +397,13 @@ impl DeviceConfig {
             return Err(InvalidDevice::NobodyAllowed);
         }
         self.limits()?;
+        self.check_overlay()?;
+        for (number, fault) in (1..).zip(&self.faults) {
+            fault.check().map_err(|source| InvalidDevice::Fault { number, source })?;
+        }
+        if self.fault_seed.is_some() && self.faults.is_empty() {
+            return Err(InvalidDevice::FaultSeedUnused);
+        }
         match &self.serial {
             Some(serial) if serial.len() > 20 || !serial.bytes().all(|byte| (b' '..=b'~').contains(&byte)) => {
                 Err(InvalidDevice::Serial(serial.clone()))
@@ -399,7 +452,7 @@ impl DeviceConfig {
 
     /// The store that was named, or that follows from the rest.
     pub fn store_kind(&self) -> StoreKind {
-        self.store.unwrap_or(match (&self.blk_file, &self.nbd_uri) {
+        self.store.unwrap_or(match (self.blk_file.as_ref().or(self.overlay_of.as_ref()), &self.nbd_uri) {
             (Some(_), _) => StoreKind::File,
             (None, Some(_)) => StoreKind::Nbd,
             (None, None) => StoreKind::Memory,

@@ -83,6 +83,8 @@ const SESSION: &[c_long] = &[
     // At the end: the store is flushed and unlocked, the socket removed.
     SYS_fsync,
     SYS_fdatasync,
+    // An overlay's map is stored.
+    SYS_pwrite64,
     SYS_flock,
     SYS_unlinkat,
     #[cfg(target_arch = "x86_64")]

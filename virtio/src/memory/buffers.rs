@@ -331,6 +331,31 @@ impl PinnedBuffers {
         self.data.start = self.data.start.saturating_add(gone);
     }
 
+    /// Makes `into` a list of `len` bytes of the data from byte `offset` on, or of as many as there are. It pins what all of
+    /// the data lies in, and has no trailer.
+    pub fn part(&self, offset: u64, len: u64, into: &mut Self) {
+        into.clear();
+        let (mut skip, mut left) = (offset, len);
+        for piece in self.iovecs() {
+            if left == 0 {
+                break;
+            }
+            let start = skip.min(piece.iov_len as u64);
+            skip = skip.saturating_sub(start);
+            let taken = left.min((piece.iov_len as u64).saturating_sub(start));
+            left = left.saturating_sub(taken);
+            if taken > 0 {
+                let iov_base = piece.iov_base.wrapping_byte_add(start as usize);
+                into.iovecs.push(libc::iovec { iov_base, iov_len: taken as usize });
+            }
+        }
+        into.readable = if self.writable() { 0 } else { into.iovecs.len() };
+        into.data = 0..into.iovecs.len();
+        into.len = len.saturating_sub(left);
+        into.pin.clone_from(&self.pin);
+        into.more_pins.extend_from_slice(&self.more_pins);
+    }
+
     /// Writes the byte that was set apart, if one was.
     #[inline]
     pub fn write_trailer(&self, value: u8) {
@@ -464,6 +489,32 @@ mod tests {
             assert_eq!(buffers.copy_to_slice(0, &mut back), rest.len());
             assert_eq!(back, rest);
         }
+    }
+
+    #[test]
+    fn a_part_is_the_same_memory_and_pins_it() {
+        let data: Vec<u8> = (1..=48).collect();
+        for (offset, len) in [(0, 48), (15, 2), (16, 8), (20, 28), (47, 1), (30, 0)] {
+            let whole = pieces(Access::WRITE);
+            whole.copy_from_slice(0, &data);
+            let mut part = pieces(Access::READ);
+            whole.part(offset, len, &mut part);
+            let release = whole.pin.as_ref().unwrap().release();
+            drop(whole);
+            assert_eq!(part.len(), len);
+            assert!(!release.wait(std::time::Instant::now()), "the part pins it");
+            let mut back = vec![0; len as usize];
+            assert_eq!(part.copy_to_slice(0, &mut back) as u64, len);
+            assert_eq!(back, data[offset as usize..][..len as usize]);
+            assert_eq!(part.copy_from_slice(0, &data) as u64, len, "writable as before");
+            part.clear();
+            assert!(release.wait(std::time::Instant::now()));
+        }
+        let mut part = PinnedBuffers::default();
+        pieces(Access::WRITE).part(40, 20, &mut part);
+        assert_eq!(part.len(), 8, "ends with the list");
+        pieces(Access::READ).part(0, 48, &mut part);
+        assert_eq!((part.len(), part.copy_from_slice(0, &data)), (48, 0), "still not to be written");
     }
 
     #[test]

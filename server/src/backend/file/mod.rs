@@ -32,7 +32,7 @@ use transfer::{Shared, Transfer};
 
 use super::lock::FileLock;
 use super::uring::{Client, Uring};
-use super::{Backend, Completion, Full, Io, Store, StoreInfo};
+use super::{Backend, Completion, Full, Io, Service, Store, StoreInfo};
 
 /// Which way the data goes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -123,6 +123,11 @@ impl FileStore {
             Err(reason) => Err(OpenError { path: options.path.clone(), reason }),
         }
     }
+
+    /// Its descriptor that goes through the page cache.
+    pub(in crate::backend) fn buffered(&self) -> &File {
+        &self.0.file
+    }
 }
 
 impl Store for FileStore {
@@ -139,6 +144,14 @@ impl Store for FileStore {
 
     fn flush(&self) -> io::Result<()> {
         self.0.file.sync_data()
+    }
+
+    fn max_queues(&self) -> u16 {
+        u16::MAX
+    }
+
+    fn service(&self) -> Option<Service> {
+        None
     }
 }
 

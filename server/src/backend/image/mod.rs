@@ -32,7 +32,7 @@ use super::immediate::Execute;
 use super::lock::Access;
 use super::threads::Threads;
 use super::uring::Uring;
-use super::{Backend, Io, Op, SECTOR, Store, StoreInfo};
+use super::{Backend, Io, Op, SECTOR, Service, Store, StoreInfo};
 use crate::sandbox::Entrance;
 
 /// Threads of an image: operations that it does at the same time.
@@ -150,6 +150,14 @@ impl Store for ImageStore {
 
     fn flush(&self) -> io::Result<()> {
         self.threads.flush()
+    }
+
+    fn max_queues(&self) -> u16 {
+        u16::MAX
+    }
+
+    fn service(&self) -> Option<Service> {
+        None
     }
 }
 

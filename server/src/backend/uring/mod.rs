@@ -176,7 +176,6 @@ impl Uring {
     pub(super) fn has_kernel(&self) -> bool {
         self.ring.is_some()
     }
-
     /// Whether it has a [`Lane::Polled`].
     pub(super) fn has_polled_lane(&self) -> bool {
         self.ring.as_ref().is_some_and(|ring| ring.borrow().has_polled())

@@ -10,8 +10,8 @@ use io_uring::register::Restriction;
 use io_uring::squeue::Flags;
 use io_uring::{IoUring, Probe, opcode};
 
-/// To move bytes of files and sockets that are open, and to discard blocks of block devices. None makes a descriptor:
-/// messages are received without room for any.
+/// To move bytes of files and sockets that are open, to discard blocks of block devices, and to wait. None makes a
+/// descriptor: messages are received without room for any.
 const OPERATIONS: &[u8] = &[
     opcode::Read::CODE,
     opcode::Write::CODE,
@@ -26,6 +26,8 @@ const OPERATIONS: &[u8] = &[
     opcode::SendMsg::CODE,
     opcode::RecvMsg::CODE,
     opcode::UringCmd16::CODE,
+    // For what is to come late.
+    opcode::Timeout::CODE,
     #[cfg(test)]
     opcode::Nop::CODE,
 ];

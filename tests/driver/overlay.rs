@@ -1,0 +1,144 @@
+//! Disks that start as copies of one image.
+
+use std::fs;
+use std::path::Path;
+
+use client::RequestType;
+use vfio_user_blk::config::{Cache, DeviceConfig, OverlayKind, Size};
+
+use crate::binary::{Served, run};
+use crate::rig::{DISK, IOERR, Machine, OK, Random, Rig, execute, exercise};
+
+/// Makes an image that is no other.
+fn golden(folder: &Path) -> Vec<u8> {
+    let mut bytes = vec![0; DISK as usize];
+    Random::new(77).fill(&mut bytes);
+    fs::write(folder.join("golden.img"), &bytes).unwrap();
+    bytes
+}
+
+fn overlay(folder: &Path, number: usize) -> DeviceConfig {
+    let mut device = DeviceConfig::new(folder.join(format!("blk{number}.sock")));
+    device.num_queues = Some(1);
+    device.overlay_of = Some(folder.join("golden.img"));
+    device
+}
+
+#[test]
+fn a_hundred_disks_share_one_image() {
+    let mut image = Vec::new();
+    let mut path = std::path::PathBuf::new();
+    let rig = Rig::devices(|folder| {
+        image = golden(folder);
+        path = folder.join("golden.img");
+        // By another name too.
+        fs::hard_link(&path, folder.join("same.img")).unwrap();
+        let mut devices: Vec<_> = (0..100).map(|number| overlay(folder, number)).collect();
+        devices[99].overlay_of = Some(folder.join("same.img"));
+        (devices[50].overlay, devices[50].overlay_file) = (Some(OverlayKind::Temporary), Some(folder.to_owned()));
+        devices
+    });
+    let links = fs::read_dir("/proc/self/fd").unwrap().filter_map(|fd| fs::read_link(fd.ok()?.path()).ok());
+    let names = [path.clone(), path.with_file_name("same.img")];
+    // The file, and the lock on it.
+    assert_eq!(links.filter(|link| names.contains(link)).count(), 2);
+
+    let mut machines: Vec<_> =
+        [0, 1, 50, 99].map(|number| Machine::new(rig.client_of(number), &Default::default())).into();
+    for (number, machine) in machines.iter_mut().enumerate() {
+        let mut bytes = vec![0; 65536];
+        machine.queues[0].read(64, &mut bytes).unwrap();
+        assert!(bytes == image[64 * 512..][..65536], "the image shows");
+        exercise(&mut machine.queues);
+        machine.queues[0].write(64 + number as u64, &[number as u8; 512]).unwrap();
+    }
+    for (number, machine) in machines.iter_mut().enumerate() {
+        let mut bytes = vec![0; 4 * 512];
+        machine.queues[0].read(64, &mut bytes).unwrap();
+        let mut expected = image[64 * 512..][..4 * 512].to_vec();
+        expected[number * 512..][..512].fill(number as u8);
+        assert!(bytes == expected, "each its own changes and no other's");
+    }
+    drop(machines);
+    let folder = rig.stop();
+    assert!(fs::read(folder.path().join("golden.img")).unwrap() == image, "the base was changed");
+}
+
+#[test]
+fn a_full_overlay_refuses_writes_and_takes_them_after_a_discard() {
+    let rig = Rig::devices(|folder| {
+        golden(folder);
+        let mut device = overlay(folder, 0);
+        device.overlay_limit = Some(Size(8192));
+        vec![device]
+    });
+    let mut machine = rig.boot();
+    let buffer = machine.memory.allocate(4096, 4096).unwrap();
+    let data = [buffer.segment(0, 4096).unwrap()];
+    let queue = &mut machine.queues[0];
+    for (sector, status) in [(0, OK), (8, OK), (16, IOERR), (0, OK)] {
+        assert_eq!(execute(queue, RequestType::Write, sector, &data).status, status, "sector {sector}");
+    }
+    queue.discard(0, 8).unwrap();
+    assert_eq!(execute(queue, RequestType::Write, 16, &data).status, OK);
+    assert_eq!(execute(queue, RequestType::Write, 0, &data).status, IOERR);
+}
+
+#[test]
+fn a_kept_overlay_is_found_again_and_grows_a_disk() {
+    let mut image = Vec::new();
+    let arguments = |folder: &Path| {
+        let path = |name: &str| folder.join(name).display().to_string();
+        ["--socket-path", &path("blk.sock"), "--overlay-of", &path("golden.img"), "--overlay-file", &path("a.cow")]
+            .map(str::to_owned)
+            .to_vec()
+    };
+    let server = Served::start(|folder| {
+        image = golden(folder);
+        let mut arguments = arguments(folder);
+        arguments.extend(["--size".into(), (2 * DISK).to_string()]);
+        arguments
+    });
+    let mut machine = Machine::new(server.client(), &Default::default());
+    let end = DISK / 512;
+    // Not flushed: that is the server's own business, at its end.
+    machine.queues[0].write(end - 1, &[7; 1024]).unwrap();
+    drop(machine);
+    let folder = server.stop();
+    let allocated = std::os::unix::fs::MetadataExt::blocks(&fs::metadata(folder.path().join("a.cow")).unwrap()) * 512;
+    assert!(allocated < 1 << 20, "sparse: {allocated}");
+
+    let server = Served::start_in(folder, arguments);
+    let mut machine = Machine::new(server.client(), &Default::default());
+    let mut bytes = vec![1; 4096];
+    machine.queues[0].read(end - 4, &mut bytes).unwrap();
+    let mut expected = image[image.len() - 2048..].to_vec();
+    expected.resize(4096, 0);
+    expected[3 * 512..5 * 512].fill(7);
+    assert!(bytes == expected);
+    drop(machine);
+    let folder = server.stop();
+    assert!(fs::read(folder.path().join("golden.img")).unwrap() == image, "the base was changed");
+
+    // Over another image it is refused.
+    fs::write(folder.path().join("golden.img"), vec![0; DISK as usize]).unwrap();
+    let mut serve = vec!["serve".to_owned()];
+    serve.extend(arguments(folder.path()));
+    let (status, told) = run(&serve);
+    assert!(!status.success() && told.contains("a.cow") && told.contains("another base"), "{told}");
+}
+
+#[test]
+fn a_writethrough_overlay_has_each_write_in_its_file() {
+    let rig = Rig::devices(|folder| {
+        golden(folder);
+        let mut device = overlay(folder, 0);
+        (device.overlay_file, device.cache) = (Some(folder.join("a.cow")), Some(Cache::Writethrough));
+        vec![device]
+    });
+    let mut machine = rig.boot();
+    machine.queues[0].write(3, &[9; 512]).unwrap();
+    let file = fs::read(rig.socket(0).with_file_name("a.cow")).unwrap();
+    assert_eq!(file[4096..4104], [0b1000_0000, 0, 0, 0, 0, 0, 0, 0]);
+    assert_eq!(file[(1 << 20) + 3 * 512..][..512], [9; 512]);
+}
