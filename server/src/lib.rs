@@ -19,5 +19,5 @@ mod worker;
 pub use listener::ListenError;
 pub use sandbox::{Sandbox, SandboxError};
 pub use server::{OpenError, ServeError, Server, StopHandle};
-pub use store::StoreError;
+pub use store::{StoreError, describe};
 pub use worker::PoolError;

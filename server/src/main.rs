@@ -1,18 +1,20 @@
 //! The command `vfio-user-blk`.
 
 mod bench;
+mod exit;
+mod manual;
 
 use std::io::{self, Write};
 use std::path::Path;
 use std::process::ExitCode;
 use std::thread;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 use clap::Parser;
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 use vfio_user_blk::Server;
-use vfio_user_blk::config::{Cli, Command, ServeArgs, ServerConfig};
+use vfio_user_blk::config::{CheckArgs, Cli, Command, ServeArgs, ServerConfig};
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
@@ -20,12 +22,15 @@ fn main() -> ExitCode {
     let result = match cli.command {
         Command::Serve(arguments) => serve(arguments),
         Command::Bench(arguments) => bench::run(&arguments),
+        Command::Check(arguments) => check(&arguments),
+        Command::Completions(arguments) => manual::completions(arguments.shell),
+        Command::Man(arguments) => manual::page(arguments.command.as_deref()),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("vfio-user-blk: {}", explain(&error));
-            ExitCode::FAILURE
+            ExitCode::from(exit::status(&error))
         }
     }
 }
@@ -43,7 +48,7 @@ fn serve(arguments: ServeArgs) -> Result<()> {
     let mut config = match (arguments.config, arguments.device) {
         (Some(path), None) => ServerConfig::read(&path)?,
         (None, Some(device)) => ServerConfig::new(vec![device]),
-        _ => bail!("there is nothing to serve; give --socket-path PATH or --config FILE"),
+        _ => return Err(exit::UsageError("there is nothing to serve; give --socket-path PATH or --config FILE").into()),
     };
     config.override_with(arguments.server);
     // Before the first thread, so that none of them is interrupted in its place.
@@ -67,6 +72,21 @@ fn serve(arguments: ServeArgs) -> Result<()> {
     // The last of all threads; nothing but waiting is left.
     server.sandbox().enter();
     Ok(server.join()?)
+}
+
+/// Reads a configuration as `serve` would, and opens nothing that is in it.
+fn check(arguments: &CheckArgs) -> Result<()> {
+    let path = &arguments.config;
+    let config = ServerConfig::read(path)?;
+    let mut out = io::stdout().lock();
+    let plural = |number: usize| if number == 1 { "" } else { "s" };
+    let (devices, workers) = (config.devices.len(), config.workers());
+    let (s, t) = (plural(devices), plural(workers));
+    writeln!(out, "{}: fine: {devices} device{s}, {workers} worker{t}", path.display())?;
+    for device in &config.devices {
+        writeln!(out, "  {} ({})", device.socket_path.display(), vfio_user_blk::describe(device))?;
+    }
+    Ok(out.flush()?)
 }
 
 /// Says what is served where, and how QEMU attaches it.

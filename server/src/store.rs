@@ -72,7 +72,7 @@ pub(crate) fn open(config: &DeviceConfig) -> Result<Arc<dyn Store>, StoreError> 
 }
 
 /// What it is, in a few words.
-pub(crate) fn describe(config: &DeviceConfig) -> String {
+pub fn describe(config: &DeviceConfig) -> String {
     match (config.store_kind(), &config.blk_file) {
         (StoreKind::Null, _) => "null".to_owned(),
         (StoreKind::File, Some(path)) => path.display().to_string(),

@@ -25,5 +25,6 @@ mod rig;
 mod sandbox;
 mod scale;
 mod transport;
+mod words;
 mod workers;
 mod workload;

@@ -23,6 +23,12 @@ pub enum Command {
     Serve(ServeArgs),
     /// Put a load on a served disk, from user space and without a VM
     Bench(BenchArgs),
+    /// Read a configuration file and say what is wrong with it, or what it describes; opens nothing
+    Check(CheckArgs),
+    /// Print a script that completes this command's words in a shell
+    Completions(CompletionsArgs),
+    /// Print a manual page: vfio-user-blk man serve | man -l -
+    Man(ManArgs),
 }
 
 /// What to serve
@@ -42,6 +48,30 @@ pub struct ServeArgs {
     pub device: Option<DeviceConfig>,
 }
 
+/// What to check
+#[derive(Debug, Args)]
+pub struct CheckArgs {
+    /// TOML file with a [[device]] table for each device
+    #[arg(value_name = "FILE")]
+    pub config: PathBuf,
+}
+
+/// For whom
+#[derive(Debug, Args)]
+pub struct CompletionsArgs {
+    /// The shell
+    #[arg(value_enum)]
+    pub shell: clap_complete::Shell,
+}
+
+/// Which page
+#[derive(Debug, Args)]
+pub struct ManArgs {
+    /// The command that it is of [default: the page that names all]
+    #[arg(value_name = "COMMAND")]
+    pub command: Option<String>,
+}
+
 #[cfg(test)]
 mod tests {
     use clap::CommandFactory;
@@ -59,7 +89,7 @@ mod tests {
         let parse = |arguments: &[&str]| {
             Cli::try_parse_from(["vfio-user-blk", "serve"].iter().chain(arguments)).map(|cli| match cli.command {
                 Command::Serve(serve) => serve,
-                Command::Bench(_) => panic!("not what was asked for"),
+                _ => panic!("not what was asked for"),
             })
         };
         let device = parse(&["--socket-path", "a", "--size", "64M", "--num-queues", "2"]).unwrap().device.unwrap();

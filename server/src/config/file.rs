@@ -4,6 +4,7 @@ use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 
 use super::device::InvalidDevice;
+use super::place;
 use super::server::{InvalidServer, ServerConfig};
 
 /// What is wrong with a configuration.
@@ -33,10 +34,12 @@ pub enum ConfigFileError {
         path: PathBuf,
     },
     /// A device makes no sense.
-    #[error("{path}: device {number} ({}): {source}", socket_path.display())]
+    #[error("{path}: line {line}: device {number} ({}): {source}", socket_path.display())]
     Device {
         /// The file.
         path: PathBuf,
+        /// Where it is said, from 1.
+        line: usize,
         /// Which [[device]] table, from 1.
         number: usize,
         /// Its socket.
@@ -45,20 +48,24 @@ pub enum ConfigFileError {
         source: InvalidDevice,
     },
     /// Two devices want the same socket.
-    #[error("{path}: device {number} has the socket_path {} of another device", socket_path.display())]
+    #[error("{path}: line {line}: device {number} has the socket_path {} of another device", socket_path.display())]
     SameSocket {
         /// The file.
         path: PathBuf,
+        /// Where it is said, from 1.
+        line: usize,
         /// Which [[device]] table, from 1.
         number: usize,
         /// The socket.
         socket_path: PathBuf,
     },
     /// What is said of the workers makes no sense.
-    #[error("{path}: {source}")]
+    #[error("{path}: line {line}: {source}")]
     Server {
         /// The file.
         path: PathBuf,
+        /// Where it is said, from 1.
+        line: usize,
         /// What is wrong.
         source: InvalidServer,
     },
@@ -90,13 +97,18 @@ impl ServerConfig {
         for (number, device) in (1..).zip(&config.devices) {
             let socket_path = device.socket_path.clone();
             if let Err(source) = device.check() {
-                return Err(ConfigFileError::Device { path: path(), number, socket_path, source });
+                let line = place::line(text, Some(number), &source.to_string());
+                return Err(ConfigFileError::Device { path: path(), line, number, socket_path, source });
             }
             if !sockets.insert(&device.socket_path) {
-                return Err(ConfigFileError::SameSocket { path: path(), number, socket_path });
+                let line = place::line(text, Some(number), "socket_path");
+                return Err(ConfigFileError::SameSocket { path: path(), line, number, socket_path });
             }
         }
-        config.check().map_err(|source| ConfigFileError::Server { path: path(), source })?;
+        config.check().map_err(|source| {
+            let line = place::line(text, None, &source.to_string());
+            ConfigFileError::Server { path: path(), line, source }
+        })?;
         Ok(config)
     }
 }
@@ -193,7 +205,7 @@ mod tests {
     fn errors_name_the_place() {
         for (text, words) in [
             ("", "no device"),
-            ("workers = 0\n[[device]]\nsocket_path = \"a\"", "workers is 0"),
+            ("\nworkers = 0\n[[device]]\nsocket_path = \"a\"", "line 2: workers is 0"),
             ("worker_cpus = [\"0-\"]\n[[device]]\nsocket_path = \"a\"", "such as 0,2,4-7"),
             ("[[device]]", "socket_path"),
             ("[[device]]\nsocket_path = \"a\"\nsise = 1", "sise"),
@@ -203,8 +215,9 @@ mod tests {
             ("[[device]]\nsocket_path = \"a\"\nsocket_mode = \"rw\"", "octal"),
             ("[[device]]\nsocket_path = \"a\"\nsocket_mode = 660", "line 3"),
             ("sandbox = \"of\"\n[[device]]\nsocket_path = \"a\"", "line 1"),
-            ("[[device]]\nsocket_path = \"a\"\nqueue_size = 3", "device 1 (a): queue_size is 3"),
-            ("[[device]]\nsocket_path = \"a\"\n[[device]]\nsocket_path = \"a\"", "device 2"),
+            ("[[device]]\nsocket_path = \"a\"\nqueue_size = 3", "line 3: device 1 (a): queue_size is 3"),
+            ("[[device]]\nsocket_path = \"a\"\n[[device]]\nsocket_path = \"a\"", "line 4: device 2"),
+            ("[[device]]\nsocket_path = \"a\"\nstore = \"file\"", "line 3: device 1 (a): store"),
         ] {
             let error = parse(text).unwrap_err().to_string();
             assert!(error.starts_with("test.toml: ") && error.contains(words), "{text:?} gave {error:?}");

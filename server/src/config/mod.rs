@@ -6,13 +6,14 @@ mod device;
 mod file;
 mod limits;
 mod numbers;
+mod place;
 mod sandbox;
 mod server;
 mod size;
 mod socket;
 
 pub use bench::{BenchArgs, CompletionMode, Kick, Switch, Workload};
-pub use cli::{Cli, Command, ServeArgs};
+pub use cli::{CheckArgs, Cli, Command, CompletionsArgs, ManArgs, ServeArgs};
 pub use device::{Cache, DeviceConfig, Doorbell, InvalidDevice, PollPolicy, StoreKind};
 pub use file::ConfigFileError;
 pub use limits::ClientLimits;
