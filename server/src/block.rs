@@ -45,6 +45,16 @@ impl QueueService for BlockService {
     fn flush(&self) -> io::Result<()> {
         self.store.flush()
     }
+
+    fn capacity(&self) -> u64 {
+        self.config.limits().capacity * SECTOR
+    }
+
+    fn resize(&self, capacity: Option<u64>) -> io::Result<u64> {
+        let capacity = self.store.resize(capacity)?;
+        self.config.set_capacity(capacity / SECTOR);
+        Ok(capacity)
+    }
 }
 
 impl BlockService {

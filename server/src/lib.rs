@@ -7,12 +7,15 @@
 pub mod backend;
 mod block;
 pub mod config;
+pub mod control;
 mod device;
+mod devices;
 mod doorbell_page;
 mod listener;
 mod sandbox;
 mod server;
 mod session;
+mod status;
 mod store;
 mod worker;
 

@@ -1,6 +1,7 @@
 //! The command `vfio-user-blk`.
 
 mod bench;
+mod ctl;
 mod exit;
 mod manual;
 
@@ -10,18 +11,18 @@ use std::process::ExitCode;
 use std::thread;
 
 use anyhow::{Context, Result};
-use clap::Parser;
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 use vfio_user_blk::Server;
 use vfio_user_blk::config::{CheckArgs, Cli, Command, ServeArgs, ServerConfig};
 
 fn main() -> ExitCode {
-    let cli = Cli::parse();
+    let cli = Cli::read();
     env_logger::Builder::from_env(env_logger::Env::default().default_filter_or("info")).init();
     let result = match cli.command {
         Command::Serve(arguments) => serve(arguments),
         Command::Bench(arguments) => bench::run(&arguments),
+        Command::Ctl(arguments) => ctl::run(&arguments),
         Command::Check(arguments) => check(&arguments),
         Command::Completions(arguments) => manual::completions(arguments.shell),
         Command::Man(arguments) => manual::page(arguments.command.as_deref()),
@@ -48,7 +49,13 @@ fn serve(arguments: ServeArgs) -> Result<()> {
     let mut config = match (arguments.config, arguments.device) {
         (Some(path), None) => ServerConfig::read(&path)?,
         (None, Some(device)) => ServerConfig::new(vec![device]),
-        _ => return Err(exit::UsageError("there is nothing to serve; give --socket-path PATH or --config FILE").into()),
+        (None, None) if arguments.server.control_socket.is_some() => ServerConfig::new(Vec::new()),
+        _ => {
+            return Err(exit::UsageError(
+                "there is nothing to serve; give --socket-path PATH, --config FILE or --control-socket PATH",
+            )
+            .into());
+        }
     };
     config.override_with(arguments.server);
     // Before the first thread, so that none of them is interrupted in its place.
@@ -94,7 +101,7 @@ fn announce(server: &Server) -> io::Result<()> {
     let mut out = io::stdout().lock();
     for (path, description) in server.devices() {
         writeln!(out, "listening on {} ({description})", path.display())?;
-        writeln!(out, "  attach it with: -device '{}'", qemu_device(path))?;
+        writeln!(out, "  attach it with: -device '{}'", qemu_device(&path))?;
     }
     writeln!(out, "QEMU (10.1 or newer) must share the guest's memory, once for all devices:")?;
     writeln!(out, "  -object memory-backend-memfd,id=mem,size=SIZE,share=on -machine memory-backend=mem")?;

@@ -3,7 +3,7 @@
 use std::io::{self, Write};
 
 use anyhow::{Context, Result};
-use clap::{Command, CommandFactory};
+use clap::Command;
 use clap_complete::Shell;
 use clap_mangen::Man;
 use vfio_user_blk::config::Cli;
@@ -15,7 +15,7 @@ const NAME: &str = "vfio-user-blk";
 /// Prints the script that a shell reads.
 pub(crate) fn completions(shell: Shell) -> Result<()> {
     let mut script = Vec::new();
-    clap_complete::generate(shell, &mut Cli::command(), NAME, &mut script);
+    clap_complete::generate(shell, &mut Cli::words(), NAME, &mut script);
     print(&script)
 }
 
@@ -25,7 +25,7 @@ pub(crate) fn page(subcommand: Option<&str>) -> Result<()> {
 }
 
 fn render(subcommand: Option<&str>) -> Result<Vec<u8>> {
-    let mut root = Cli::command();
+    let mut root = Cli::words();
     root.build();
     let command = match subcommand {
         None => root.name(NAME),
@@ -57,7 +57,7 @@ mod tests {
     #[test]
     fn each_command_has_a_page() {
         let root = String::from_utf8(render(None).unwrap()).unwrap();
-        for command in Cli::command().get_subcommands() {
+        for command in Cli::words().get_subcommands() {
             let name = command.get_name();
             let page = String::from_utf8(render(Some(name)).unwrap()).unwrap();
             assert!(page.contains(&format!("vfio\\-user\\-blk\\-{name}")), "{page}");

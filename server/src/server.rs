@@ -1,9 +1,8 @@
 //! A server: its devices, their sessions, and the workers that all share.
 
 use std::io;
-use std::path::{Path, PathBuf};
-use std::sync::Arc;
-use std::thread::{self, JoinHandle};
+use std::path::PathBuf;
+use std::sync::{Arc, Weak};
 
 use virtio::block::{BlockConfig, BlockDevice, Discard, SERIAL_LEN, WriteZeroes};
 use virtio::device::VirtioDevice;
@@ -11,15 +10,18 @@ use virtio::memory::outlive_lost_memory;
 use virtio::transport::{Options, VirtioPci};
 use virtio_bindings::virtio_config::{VIRTIO_F_IN_ORDER, VIRTIO_F_IOMMU_PLATFORM, VIRTIO_F_RING_PACKED};
 
-use crate::backend::uring::{SqPoll, UringOptions};
-use crate::backend::{SECTOR, StoreInfo};
+use crate::backend::uring::{SqPoll, UringOptions, Waker};
+use crate::backend::{SECTOR, Store, StoreInfo};
 use crate::block::BlockService;
 use crate::config::{Cache, DeviceConfig, Doorbell, InvalidDevice, InvalidServer, NumberList, ServerConfig, Size};
+use crate::control::{self, Control};
 use crate::device::Device;
+use crate::devices::Devices;
 use crate::doorbell_page::DoorbellPage;
 use crate::listener::{ListenError, Listener};
-use crate::sandbox::{Sandbox, SandboxError, ThreadKind};
-use crate::session::{Session, Stop};
+use crate::sandbox::{Sandbox, SandboxError};
+use crate::session::Stop;
+use crate::status::{SharedStatus, Status};
 use crate::store::{self, StoreError};
 use crate::worker::{Pool, PoolError, WorkerPlan};
 
@@ -29,14 +31,12 @@ const MAX_SEGMENTS: u16 = 254;
 const MAX_DISCARD_SECTORS: u32 = 1 << 21;
 /// The most sectors of one write-zeroes: 16 MiB, which a store that has to write them writes without a pause for others.
 const MAX_WRITE_ZEROES_SECTORS: u32 = 1 << 15;
-/// A session's stack: it recurses nowhere, and there may be a thousand.
-const SESSION_STACK: usize = 256 << 10;
 
 /// Why a server cannot start.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum OpenError {
-    /// What is said of the workers.
+    /// What is said of the server as a whole.
     #[error(transparent)]
     Server(#[from] InvalidServer),
     /// The description of a device.
@@ -105,15 +105,10 @@ impl StopHandle {
 
 /// A running server.
 pub struct Server {
-    sessions: Vec<Serving>,
+    devices: Arc<Devices>,
+    control: Option<Control>,
     stop: Arc<Stop>,
     sandbox: Sandbox,
-}
-
-struct Serving {
-    socket_path: PathBuf,
-    description: String,
-    thread: JoinHandle<io::Result<()>>,
 }
 
 impl Server {
@@ -127,26 +122,29 @@ impl Server {
         outlive_lost_memory().map_err(OpenError::Threads)?;
         let stop = Arc::new(Stop::new().map_err(OpenError::Threads)?);
         // All or nothing: the sockets appear once every store is open.
-        let devices: Vec<_> = config.devices.iter().map(open_device).collect::<Result<_, _>>()?;
+        let opened: Vec<_> = config.devices.iter().map(open_device).collect::<Result<_, _>>()?;
         let listeners: Vec<_> = config.devices.iter().map(Listener::bind).collect::<Result<_, _>>()?;
+        if config.control_socket.is_some()
+            && let Ok(waker) = Waker::new()
+            && let Err(error) = store::try_ring(&waker)
+        {
+            log::warn!("no device with an image file can be added later: {error}");
+        }
+        let control = config.control_socket.as_deref().map(|path| control::bind(path, config)).transpose()?;
         // From here on threads only serve what is open.
-        let folders: Vec<_> = listeners.iter().filter_map(|listener| listener.path().parent()).collect();
-        let sandbox = Sandbox::new(config.sandbox.unwrap_or_default(), &folders)?;
-        let pool = Arc::new(Pool::new(worker_plans(config), &sandbox)?);
-        let mut server = Self { sessions: Vec::new(), stop: Arc::clone(&stop), sandbox: sandbox.clone() };
-        for ((device, description), listener) in devices.into_iter().zip(listeners) {
-            let socket_path = listener.path().to_owned();
-            let session = Session::new(device, listener, Arc::clone(&pool), Arc::clone(&stop));
-            let sandbox = sandbox.clone();
-            let thread = thread::Builder::new()
-                .name(format!("session-{}", server.sessions.len()))
-                .stack_size(SESSION_STACK)
-                .spawn(move || {
-                    sandbox.enter_as(ThreadKind::Session);
-                    session.run()
-                })
-                .map_err(OpenError::Threads)?;
-            server.sessions.push(Serving { socket_path, description, thread });
+        let sockets = listeners.iter().chain(&control);
+        let folders: Vec<_> = sockets.filter_map(|listener| listener.path().parent()).collect();
+        let sandbox = Sandbox::with_control(config.sandbox.unwrap_or_default(), &folders, config.control_allow())?;
+        let pool = Pool::new(worker_plans(config), &sandbox)?;
+        let devices = Arc::new(Devices::new(config, pool, Arc::clone(&stop), sandbox.clone()));
+        let mut server = Self { devices, control: None, stop, sandbox };
+        for ((device, opened), listener) in config.devices.iter().zip(opened).zip(listeners) {
+            server.devices.serve(device, opened, listener).map_err(OpenError::Threads)?;
+        }
+        if let Some(listener) = control {
+            let (devices, stop) = (Arc::clone(&server.devices), Arc::clone(&server.stop));
+            server.control =
+                Some(Control::start(listener, devices, stop, &server.sandbox).map_err(OpenError::Threads)?);
         }
         Ok(server)
     }
@@ -162,8 +160,8 @@ impl Server {
     }
 
     /// The devices: the socket of each, from the root, and what it is in a few words.
-    pub fn devices(&self) -> impl Iterator<Item = (&Path, &str)> {
-        self.sessions.iter().map(|serving| (serving.socket_path.as_path(), serving.description.as_str()))
+    pub fn devices(&self) -> impl Iterator<Item = (PathBuf, String)> {
+        self.devices.list().into_iter().map(|device| (device.socket_path, device.description))
     }
 
     /// Waits until all devices have ended.
@@ -171,17 +169,22 @@ impl Server {
     /// # Errors
     /// The first of them that failed; all have ended all the same.
     pub fn join(self) -> Result<(), ServeError> {
-        let mut result = Ok(());
-        for serving in self.sessions {
-            let device = serving.socket_path.display().to_string();
-            let ended = match serving.thread.join() {
-                Ok(ended) => ended.map_err(|source| ServeError::Device { device, source }),
-                Err(_) => Err(ServeError::Panicked { device }),
-            };
-            result = result.and(ended);
+        // First who could add more: with a control socket a server without a device waits for one.
+        if let Some(control) = self.control {
+            control.join();
         }
-        result
+        self.devices.join()
     }
+}
+
+/// A device that can be served.
+pub(crate) struct Opened {
+    pub(crate) device: Device,
+    /// What it is, in a few words.
+    pub(crate) description: String,
+    pub(crate) read_only: bool,
+    /// The store, which the device owns: it is closed when that ends.
+    pub(crate) store: Weak<dyn Store>,
 }
 
 /// What each worker is to be.
@@ -195,7 +198,11 @@ fn worker_plans(config: &ServerConfig) -> impl Iterator<Item = WorkerPlan> {
     })
 }
 
-fn open_device(config: &DeviceConfig) -> Result<(Device, String), OpenError> {
+/// Opens what a device needs, but for its socket.
+///
+/// # Errors
+/// If its description makes no sense, or something cannot be had.
+pub(crate) fn open_device(config: &DeviceConfig) -> Result<Opened, OpenError> {
     let socket_path = || config.socket_path.clone();
     let invalid = |source| OpenError::Invalid { socket_path: socket_path(), source };
     config.check().map_err(invalid)?;
@@ -207,6 +214,7 @@ fn open_device(config: &DeviceConfig) -> Result<(Device, String), OpenError> {
     options.features |= 1 << VIRTIO_F_IOMMU_PLATFORM;
     options.features |= u64::from(config.packed()) << VIRTIO_F_RING_PACKED;
     options.features |= u64::from(config.in_order()) << VIRTIO_F_IN_ORDER;
+    let weak = Arc::downgrade(&store);
     let service = BlockService::new(store, block.shared());
     let features = block.features();
     let function = VirtioPci::new(Box::new(block), &options)
@@ -223,7 +231,10 @@ fn open_device(config: &DeviceConfig) -> Result<(Device, String), OpenError> {
     };
     let service = Box::new(service);
     let (poll, queue_workers) = (config.poll(), config.queue_workers.clone());
-    Ok((Device { function, service, poll, queue_workers, doorbell_page, limits }, description))
+    let status = Arc::new(SharedStatus::default());
+    status.update(|status| *status = Status { size: info.capacity, ..Status::default() });
+    let device = Device { function, service, poll, queue_workers, doorbell_page, limits, paused: false, status };
+    Ok(Opened { device, description, read_only: config.read_only || info.read_only, store: weak })
 }
 
 /// What the guest is told of a store.

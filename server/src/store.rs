@@ -2,7 +2,7 @@
 
 use std::io;
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use crate::backend::Store;
 use crate::backend::file::{self, FileOptions, FileStore};
@@ -53,7 +53,7 @@ pub(crate) fn open(config: &DeviceConfig) -> Result<Arc<dyn Store>, StoreError> 
         (StoreKind::File, Some(path)) => {
             // Each worker makes a ring of its own; whether it can is to be known before a guest finds out.
             let no_ring = |source| StoreError::Uring { blk_file: path.clone(), source };
-            Uring::new(&Waker::new().map_err(StoreError::Descriptor)?).map_err(no_ring)?;
+            try_ring(&Waker::new().map_err(StoreError::Descriptor)?).map_err(no_ring)?;
             Arc::new(FileStore::open(&FileOptions {
                 path: path.clone(),
                 read_only: config.read_only,
@@ -69,6 +69,19 @@ pub(crate) fn open(config: &DeviceConfig) -> Result<Arc<dyn Store>, StoreError> 
         }
         _ => Arc::new(MemoryStore::new(size).map_err(disk)?),
     })
+}
+
+/// Tries whether rings can be had, until it went well once: in the sandbox, where devices may be added later, nobody can try.
+///
+/// # Errors
+/// What is missing.
+pub(crate) fn try_ring(waker: &Waker) -> Result<(), UringError> {
+    static WENT_WELL: OnceLock<()> = OnceLock::new();
+    if WENT_WELL.get().is_none() {
+        Uring::new(waker)?;
+        let _already = WENT_WELL.set(());
+    }
+    Ok(())
 }
 
 /// What it is, in a few words.

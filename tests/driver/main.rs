@@ -7,6 +7,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a failure is the result of a test")]
 
 mod binary;
+mod control;
 mod crash;
 mod disconnect;
 mod dma;

@@ -28,7 +28,7 @@ pub enum ConfigFileError {
         source: Box<toml::de::Error>,
     },
     /// It names no device.
-    #[error("{path}: there is no device in it; add a [[device]] table with a socket_path")]
+    #[error("{path}: there is no device in it; add a [[device]] table with a socket_path, or a control_socket")]
     NoDevice {
         /// The file.
         path: PathBuf,
@@ -90,7 +90,7 @@ impl ServerConfig {
         let path = || path.to_owned();
         let config: Self =
             toml::from_str(text).map_err(|source| ConfigFileError::Parse { path: path(), source: Box::new(source) })?;
-        if config.devices.is_empty() {
+        if config.devices.is_empty() && config.control_socket.is_none() {
             return Err(ConfigFileError::NoDevice { path: path() });
         }
         let mut sockets = HashSet::new();
@@ -132,6 +132,9 @@ mod tests {
             sqpoll_idle = 5
             sqpoll_cpus = "2-3"
             sandbox = "off"
+            control_socket = "control.sock"
+            control_mode = "0660"
+            control_allow = ["/srv/images"]
             [[device]]
             socket_path = "a.sock"
             socket_mode = "0660"
@@ -157,6 +160,7 @@ mod tests {
             max_fds = 20
             max_data_xfer_size = "64K"
             any_memory_file = true
+            name = "root"
             [[device]]
             socket_path = "b.sock"
             size = 1048576
@@ -187,6 +191,7 @@ mod tests {
         first.max_fds = Some(20);
         first.max_data_xfer_size = Some(Size(64 << 10));
         first.any_memory_file = true;
+        first.name = Some("root".into());
         let mut second = DeviceConfig::new("b.sock");
         second.size = Some(Size(1 << 20));
         let expected = ServerConfig {
@@ -196,6 +201,9 @@ mod tests {
             sqpoll_idle: Some(5),
             sqpoll_cpus: Some("2,3".parse().unwrap()),
             sandbox: Some(SandboxMode::Off),
+            control_socket: Some("control.sock".into()),
+            control_mode: Some("0660".parse().unwrap()),
+            control_allow: Some(vec!["/srv/images".into()]),
             devices: vec![first, second],
         };
         assert_eq!(config, expected);

@@ -2,6 +2,7 @@
 
 mod bench;
 mod cli;
+mod ctl;
 mod device;
 mod file;
 mod limits;
@@ -14,6 +15,7 @@ mod socket;
 
 pub use bench::{BenchArgs, CompletionMode, Kick, Switch, Workload};
 pub use cli::{CheckArgs, Cli, Command, CompletionsArgs, ManArgs, ServeArgs};
+pub use ctl::{CtlArgs, CtlCommand, DEFAULT_CONTROL_SOCKET, DeviceArgs, RemoveArgs, ResizeArgs};
 pub use device::{Cache, DeviceConfig, Doorbell, InvalidDevice, PollPolicy, StoreKind};
 pub use file::ConfigFileError;
 pub use limits::ClientLimits;

@@ -4,7 +4,8 @@
 //! here takes that back. What it takes is the rest of the machine: other files, programs, processes, the network.
 //!
 //! - [`syscalls`]: which system calls each kind of thread makes; [`seccomp`] has the kernel hold it to them.
-//! - [`filesystem`]: no file can be opened, and none removed but in the folders of the sockets.
+//! - [`filesystem`]: no file can be opened, and none removed but in the folders of the sockets; where devices may be added, the
+//!   thread that does it can open what the operator has named for that.
 //! - [`privileges`]: no capability is left, and none comes back.
 //!
 //! Each thread enters by itself, since the kernel keeps all of this by thread; so a process that has a [`Server`](crate::Server)
@@ -19,7 +20,7 @@ mod syscalls;
 mod tests;
 
 use std::error::Error;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::thread;
 
@@ -36,10 +37,12 @@ pub(crate) enum ThreadKind {
     Session,
     /// Serves queues, see [`worker`](crate::worker).
     Worker,
+    /// Serves operators, see [`control`](crate::control): opens devices, and starts the sessions that serve them.
+    Control,
 }
 
 impl ThreadKind {
-    const ALL: [Self; 3] = [Self::Main, Self::Session, Self::Worker];
+    const ALL: [Self; 4] = [Self::Main, Self::Session, Self::Worker, Self::Control];
 }
 
 /// A part of the sandbox that the kernel has and that cannot be set up all the same.
@@ -64,6 +67,8 @@ pub struct Sandbox(Option<Arc<Parts>>);
 #[derive(Debug)]
 struct Parts {
     files: Files,
+    /// Those of [`ThreadKind::Control`].
+    control_files: Files,
     /// `None` if the kernel has no seccomp.
     filters: Option<Filters>,
 }
@@ -73,12 +78,31 @@ impl Sandbox {
     ///
     /// # Errors
     /// If a thread that tries it cannot enter.
+    #[cfg(test)]
     pub(crate) fn new(mode: SandboxMode, folders: &[&Path]) -> Result<Self, SandboxError> {
+        Self::with_control(mode, folders, &[])
+    }
+
+    /// As [`new`](Self::new), where operators may have devices added that use what is below `allowed`.
+    ///
+    /// # Errors
+    /// If a thread that tries it cannot enter, or something that is allowed does not exist.
+    pub(crate) fn with_control(
+        mode: SandboxMode,
+        folders: &[&Path],
+        allowed: &[PathBuf],
+    ) -> Result<Self, SandboxError> {
         if mode == SandboxMode::Off {
             log::info!("sandbox: off");
             return Ok(Self(None));
         }
-        let mut parts = Parts { files: Files::new(folders)?, filters: Filters::new()? };
+        // The socket of a device that is added goes with it.
+        let folders: Vec<_> = folders.iter().copied().chain(allowed.iter().map(PathBuf::as_path)).collect();
+        let mut parts = Parts {
+            files: Files::new(&folders)?,
+            control_files: Files::for_control(&folders, allowed)?,
+            filters: Filters::new()?,
+        };
         // What a kernel has, what it was booted with, and what a container lets through of it: it is learnt by trying.
         if !parts.tried(|parts| parts.filter(ThreadKind::Main))? {
             parts.filters = None;
@@ -131,7 +155,10 @@ impl Parts {
     }
 
     fn enter(&self, kind: ThreadKind) -> Result<(), SandboxError> {
-        self.files.restrict()?;
+        match kind {
+            ThreadKind::Control => self.control_files.restrict()?,
+            _ => self.files.restrict()?,
+        };
         privileges::drop_all()?;
         // The last: what was done so far is not among the calls that it leaves.
         self.filter(kind).map(drop)

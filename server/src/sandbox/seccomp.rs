@@ -29,6 +29,7 @@ pub(super) struct Filters {
     main: Filter,
     session: Filter,
     worker: Filter,
+    control: Filter,
 }
 
 impl Filters {
@@ -40,6 +41,7 @@ impl Filters {
             main: filter(ThreadKind::Main)?,
             session: filter(ThreadKind::Session)?,
             worker: filter(ThreadKind::Worker)?,
+            control: filter(ThreadKind::Control)?,
         }))
     }
 
@@ -49,6 +51,7 @@ impl Filters {
             ThreadKind::Main => &self.main,
             ThreadKind::Session => &self.session,
             ThreadKind::Worker => &self.worker,
+            ThreadKind::Control => &self.control,
         };
         // In this order: the killing one leaves no way to add another.
         for program in [&filter.refusing, &filter.killing] {
@@ -70,7 +73,14 @@ fn is_missing(error: &io::Error) -> bool {
 impl Filter {
     fn new(kind: ThreadKind, arch: TargetArch) -> Result<Self, BackendError> {
         let mut refused: BTreeMap<_, _> = syscalls::refused(kind).map(|call| (call, Vec::new())).collect();
-        refused.insert(libc::SYS_prctl, vec![but_no_new_privileges()?]);
+        // A thread that starts others has these enter by themselves.
+        if kind != ThreadKind::Control {
+            refused.insert(libc::SYS_prctl, vec![but_no_new_privileges()?]);
+        } else {
+            refused.insert(libc::SYS_socket, vec![but_unix_sockets()?]);
+            // What a ring does is seen by nobody. Workers have theirs.
+            refused.insert(libc::SYS_io_uring_setup, Vec::new());
+        }
         let mut spared: BTreeMap<_, _> = refused.keys().map(|call| (*call, Vec::new())).collect();
         for (call, argument) in syscalls::allowed(kind) {
             spared.insert(call, argument.map_or(Ok(Vec::new()), rules)?);
@@ -81,6 +91,12 @@ impl Filter {
             killing: SeccompFilter::new(spared, SeccompAction::KillProcess, SeccompAction::Allow, arch)?.try_into()?,
         })
     }
+}
+
+/// Any `socket` but those in the file system: a store over a network that is added finds an error, and the process lives.
+fn but_unix_sockets() -> Result<SeccompRule, BackendError> {
+    let allowed = u64::from(libc::AF_UNIX.unsigned_abs());
+    SeccompRule::new(vec![SeccompCondition::new(0, SeccompCmpArgLen::Dword, SeccompCmpOp::Ne, allowed)?])
 }
 
 /// Any `prctl` but the one that the second program of a filter is applied with.

@@ -87,6 +87,39 @@ const SESSION: &[c_long] = &[
     SYS_unlinkat,
     #[cfg(target_arch = "x86_64")]
     SYS_unlink,
+    // A store that gets another size.
+    SYS_lseek,
+    SYS_ftruncate,
+];
+
+/// What a session makes, since it starts those of devices that are added; and what opens a device, makes its socket, starts a
+/// thread and has it enter.
+const CONTROL: &[c_long] = &[
+    SYS_clone3,
+    SYS_clone,
+    SYS_set_robust_list,
+    SYS_rseq,
+    SYS_prctl,
+    SYS_capget,
+    SYS_capset,
+    SYS_seccomp,
+    SYS_landlock_restrict_self,
+    SYS_openat,
+    SYS_pread64,
+    SYS_fallocate,
+    SYS_fadvise64,
+    SYS_getcwd,
+    SYS_socket,
+    SYS_bind,
+    SYS_listen,
+    SYS_connect,
+    SYS_fchmodat,
+    SYS_fchownat,
+    #[cfg(target_arch = "x86_64")]
+    SYS_chmod,
+    #[cfg(target_arch = "x86_64")]
+    SYS_lchown,
+    SYS_recvfrom,
 ];
 
 /// Neither `io_uring_setup` nor anything that stores need to be opened: a worker's ring is made before.
@@ -135,8 +168,10 @@ pub(super) fn allowed(kind: ThreadKind) -> impl Iterator<Item = (c_long, Option<
         ThreadKind::Main => MAIN,
         ThreadKind::Session => SESSION,
         ThreadKind::Worker => WORKER,
+        ThreadKind::Control => CONTROL,
     };
-    ANY.iter().chain(own).map(|call| (*call, argument(*call)))
+    let inherited = if kind == ThreadKind::Control { SESSION } else { &[] };
+    ANY.iter().chain(own).chain(inherited).map(|call| (*call, argument(*call)))
 }
 
 /// What a kind of thread is refused, and takes no harm.
