@@ -35,6 +35,8 @@ fn call(command: &CtlCommand) -> Result<(&'static str, Value)> {
         CtlCommand::Pause(device) => ("device.pause", of(device)),
         CtlCommand::Resume(device) => ("device.resume", of(device)),
         CtlCommand::Drain(device) => ("device.drain", of(device)),
+        CtlCommand::Statistics(device) => ("device.statistics", of(device)),
+        CtlCommand::ResetStatistics(device) => ("device.reset_statistics", of(device)),
         CtlCommand::Stop => ("server.stop", json!({})),
         CtlCommand::Version => ("version", json!({})),
     })
@@ -70,6 +72,8 @@ fn tell(command: &CtlCommand, result: &Value) -> String {
         CtlCommand::Drain(_) => {
             format!("{name}: paused, and all that it has completed is on stable storage; resume it when you are done\n")
         }
+        CtlCommand::Statistics(_) => statistics(&result["queues"]),
+        CtlCommand::ResetStatistics(_) => format!("{name}: counts anew\n"),
         CtlCommand::Stop => "the server stops\n".to_owned(),
         CtlCommand::Version => {
             format!("vfio-user-blk {}, control socket {}\n", text(&result["server"]), result["control"])
@@ -81,8 +85,20 @@ fn text(value: &Value) -> &str {
     value.as_str().unwrap_or_default()
 }
 
+/// A row for each counter, a column for each queue.
+fn statistics(queues: &Value) -> String {
+    let queues: Vec<_> = queues.as_array().into_iter().flatten().collect();
+    let mut rows =
+        vec![["".to_owned()].into_iter().chain((0..queues.len()).map(|queue| format!("QUEUE {queue}"))).collect()];
+    for key in queues.first().and_then(|queue| queue.as_object()).into_iter().flat_map(|queue| queue.keys()) {
+        let values = queues.iter().filter_map(|queue| queue.get(key)).map(Value::to_string);
+        rows.push([key.replace('_', " ")].into_iter().chain(values).collect());
+    }
+    aligned(&rows)
+}
+
 fn table(devices: &Value) -> String {
-    let mut rows = vec![["DEVICE", "SIZE", "QUEUES", "STATE", "CLIENT", "WHAT"].map(str::to_owned)];
+    let mut rows = vec![["DEVICE", "SIZE", "QUEUES", "STATE", "CLIENT", "WHAT"].map(str::to_owned).to_vec()];
     for device in devices.as_array().into_iter().flatten() {
         let state = match (device["paused"] == true, device["client"].is_null()) {
             (true, _) => "paused",
@@ -94,7 +110,7 @@ fn table(devices: &Value) -> String {
             peer => format!("process {}, user {}", peer["pid"], peer["uid"]),
         };
         let read_only = if device["read_only"] == true { " (read-only)" } else { "" };
-        rows.push([
+        rows.push(vec![
             text(&device["name"]).to_owned(),
             Size(device["size"].as_u64().unwrap_or(0)).to_string(),
             device["num_queues"].to_string(),
@@ -103,11 +119,20 @@ fn table(devices: &Value) -> String {
             text(&device["description"]).to_owned(),
         ]);
     }
-    let widths =
-        (0..6).map(|column| rows.iter().filter_map(|row| row.get(column)).map(|cell| cell.chars().count()).max());
-    let widths: Vec<_> = widths.map(Option::unwrap_or_default).collect();
+    aligned(&rows)
+}
+
+/// Rows of cells, in columns as wide as they have to be.
+fn aligned(rows: &[Vec<String>]) -> String {
+    let mut widths = Vec::new();
+    for row in rows {
+        widths.resize(widths.len().max(row.len()), 0);
+        for (width, cell) in widths.iter_mut().zip(row) {
+            *width = cell.chars().count().max(*width);
+        }
+    }
     let mut text = String::new();
-    for row in &rows {
+    for row in rows {
         let cells = row.iter().zip(&widths).map(|(cell, &width)| format!("{cell:width$}"));
         text.push_str(cells.collect::<Vec<_>>().join("  ").trim_end());
         text.push('\n');

@@ -1,16 +1,17 @@
 //! The devices that a server has, which may come and go while it runs.
 
-use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
+use std::{io, iter};
 
 use crossbeam::channel::{Receiver, RecvTimeoutError, bounded};
 
 use crate::backend::Store;
 use crate::config::{DeviceConfig, InvalidServer, ServerConfig};
 use crate::listener::Listener;
+use crate::metrics::{DeviceMetrics, Statistics};
 use crate::sandbox::{Sandbox, ThreadKind};
 use crate::server::{OpenError, Opened, ServeError, open_device};
 use crate::session::{Operator, Order, OrderError, Session, Stop, orders};
@@ -63,6 +64,10 @@ pub(crate) struct Handle {
     /// Its request queues.
     pub(crate) num_queues: u16,
     pub(crate) read_only: bool,
+    /// What its queues have done.
+    pub(crate) metrics: Arc<DeviceMetrics>,
+    /// What they had done when an operator had them counted anew.
+    baseline: Arc<Mutex<Vec<Statistics>>>,
     operator: Operator,
     status: Arc<SharedStatus>,
     /// Its session's, on whose thread it is closed.
@@ -73,6 +78,18 @@ impl Handle {
     /// How it is now.
     pub(crate) fn status(&self) -> Status {
         self.status.get()
+    }
+
+    /// What each queue has done since it was last asked to count anew.
+    pub(crate) fn statistics(&self) -> Vec<Statistics> {
+        let baseline = self.baseline.lock().unwrap_or_else(PoisonError::into_inner);
+        let before = baseline.iter().cloned().chain(iter::repeat_with(Statistics::default));
+        self.metrics.read().iter().zip(before).map(|(now, before)| now.since(&before)).collect()
+    }
+
+    /// Counts anew from now on. What Prometheus sees goes on.
+    pub(crate) fn reset_statistics(&self) {
+        *self.baseline.lock().unwrap_or_else(PoisonError::into_inner) = self.metrics.read();
     }
 
     /// Has its session do something; says how many bytes it has then.
@@ -116,7 +133,7 @@ impl Devices {
     /// # Errors
     /// If there can be no thread for it.
     pub(crate) fn serve(&self, config: &DeviceConfig, opened: Opened, listener: Listener) -> io::Result<()> {
-        let Opened { device, description, read_only, store } = opened;
+        let Opened { device, description, read_only, store, metrics } = opened;
         let socket_path = listener.path().to_owned();
         let (operator, orders) = orders()?;
         let handle = Handle {
@@ -128,6 +145,8 @@ impl Devices {
             operator,
             status: Arc::clone(&device.status),
             store,
+            metrics,
+            baseline: Arc::default(),
         };
         let session = Session::new(device, listener, Arc::clone(&self.pool), Arc::clone(&self.stop), orders);
         let sandbox = self.sandbox.clone();

@@ -12,6 +12,7 @@ mod device;
 mod devices;
 mod doorbell_page;
 mod listener;
+mod metrics;
 mod sandbox;
 mod server;
 mod session;

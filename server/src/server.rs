@@ -1,6 +1,7 @@
 //! A server: its devices, their sessions, and the workers that all share.
 
 use std::io;
+use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::{Arc, Weak};
 
@@ -19,6 +20,7 @@ use crate::device::Device;
 use crate::devices::Devices;
 use crate::doorbell_page::DoorbellPage;
 use crate::listener::{ListenError, Listener};
+use crate::metrics::{self, DeviceMetrics, Responder};
 use crate::sandbox::{Sandbox, SandboxError};
 use crate::session::Stop;
 use crate::status::{SharedStatus, Status};
@@ -61,6 +63,14 @@ pub enum OpenError {
     /// The socket.
     #[error(transparent)]
     Listen(#[from] ListenError),
+    /// Where metrics are to be had.
+    #[error("metrics_address: cannot listen on {address}: {source}")]
+    MetricsAddress {
+        /// The address.
+        address: SocketAddr,
+        /// What the system said.
+        source: io::Error,
+    },
     /// What the threads give up.
     #[error(transparent)]
     Sandbox(#[from] SandboxError),
@@ -107,6 +117,7 @@ impl StopHandle {
 pub struct Server {
     devices: Arc<Devices>,
     control: Option<Control>,
+    metrics: Vec<Responder>,
     stop: Arc<Stop>,
     sandbox: Sandbox,
 }
@@ -131,13 +142,18 @@ impl Server {
             log::warn!("no device with an image file can be added later: {error}");
         }
         let control = config.control_socket.as_deref().map(|path| control::bind(path, config)).transpose()?;
+        let metrics_socket = config.metrics_socket.as_deref().map(metrics::bind).transpose()?;
+        let metrics_address = config.metrics_address.map(|address| {
+            metrics::Place::tcp(address).map_err(|source| OpenError::MetricsAddress { address, source })
+        });
+        let metrics_address = metrics_address.transpose()?;
         // From here on threads only serve what is open.
-        let sockets = listeners.iter().chain(&control);
+        let sockets = listeners.iter().chain(&control).chain(&metrics_socket);
         let folders: Vec<_> = sockets.filter_map(|listener| listener.path().parent()).collect();
         let sandbox = Sandbox::with_control(config.sandbox.unwrap_or_default(), &folders, config.control_allow())?;
         let pool = Pool::new(worker_plans(config), &sandbox)?;
         let devices = Arc::new(Devices::new(config, pool, Arc::clone(&stop), sandbox.clone()));
-        let mut server = Self { devices, control: None, stop, sandbox };
+        let mut server = Self { devices, control: None, metrics: Vec::new(), stop, sandbox };
         for ((device, opened), listener) in config.devices.iter().zip(opened).zip(listeners) {
             server.devices.serve(device, opened, listener).map_err(OpenError::Threads)?;
         }
@@ -145,6 +161,11 @@ impl Server {
             let (devices, stop) = (Arc::clone(&server.devices), Arc::clone(&server.stop));
             server.control =
                 Some(Control::start(listener, devices, stop, &server.sandbox).map_err(OpenError::Threads)?);
+        }
+        for place in metrics_socket.map(metrics::Place::Unix).into_iter().chain(metrics_address) {
+            let (devices, stop) = (Arc::clone(&server.devices), Arc::clone(&server.stop));
+            let responder = Responder::start(place, devices, stop, &server.sandbox).map_err(OpenError::Threads)?;
+            server.metrics.push(responder);
         }
         Ok(server)
     }
@@ -173,6 +194,7 @@ impl Server {
         if let Some(control) = self.control {
             control.join();
         }
+        self.metrics.into_iter().for_each(Responder::join);
         self.devices.join()
     }
 }
@@ -185,6 +207,7 @@ pub(crate) struct Opened {
     pub(crate) read_only: bool,
     /// The store, which the device owns: it is closed when that ends.
     pub(crate) store: Weak<dyn Store>,
+    pub(crate) metrics: Arc<DeviceMetrics>,
 }
 
 /// What each worker is to be.
@@ -215,7 +238,8 @@ pub(crate) fn open_device(config: &DeviceConfig) -> Result<Opened, OpenError> {
     options.features |= u64::from(config.packed()) << VIRTIO_F_RING_PACKED;
     options.features |= u64::from(config.in_order()) << VIRTIO_F_IN_ORDER;
     let weak = Arc::downgrade(&store);
-    let service = BlockService::new(store, block.shared());
+    let metrics = Arc::new(DeviceMetrics::new(config.num_queues()));
+    let service = BlockService::new(store, block.shared(), Arc::clone(&metrics));
     let features = block.features();
     let function = VirtioPci::new(Box::new(block), &options)
         .map_err(|source| OpenError::Function { socket_path: socket_path(), source })?;
@@ -234,7 +258,7 @@ pub(crate) fn open_device(config: &DeviceConfig) -> Result<Opened, OpenError> {
     let status = Arc::new(SharedStatus::default());
     status.update(|status| *status = Status { size: info.capacity, ..Status::default() });
     let device = Device { function, service, poll, queue_workers, doorbell_page, limits, paused: false, status };
-    Ok(Opened { device, description, read_only: config.read_only || info.read_only, store: weak })
+    Ok(Opened { device, description, read_only: config.read_only || info.read_only, store: weak, metrics })
 }
 
 /// What the guest is told of a store.

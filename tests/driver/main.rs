@@ -16,6 +16,7 @@ mod hostile;
 mod interrupts;
 mod io;
 mod live;
+mod metrics;
 mod notifications;
 mod pci;
 mod peer;

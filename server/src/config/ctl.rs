@@ -43,6 +43,10 @@ pub enum CtlCommand {
     Resume(DeviceArgs),
     /// Pause a device, and put what it has completed on stable storage: its image can be copied until it is resumed
     Drain(DeviceArgs),
+    /// Show what a device's queues have done
+    Statistics(DeviceArgs),
+    /// Have them count anew; metrics go on as they were
+    ResetStatistics(DeviceArgs),
     /// Stop the server, after what is in flight
     Stop,
     /// Show the versions of the server and of its control socket

@@ -135,6 +135,9 @@ mod tests {
             control_socket = "control.sock"
             control_mode = "0660"
             control_allow = ["/srv/images"]
+            metrics_address = "127.0.0.1:9100"
+            metrics_remote = true
+            metrics_socket = "metrics.sock"
             [[device]]
             socket_path = "a.sock"
             socket_mode = "0660"
@@ -204,6 +207,9 @@ mod tests {
             control_socket: Some("control.sock".into()),
             control_mode: Some("0660".parse().unwrap()),
             control_allow: Some(vec!["/srv/images".into()]),
+            metrics_address: Some("127.0.0.1:9100".parse().unwrap()),
+            metrics_remote: true,
+            metrics_socket: Some("metrics.sock".into()),
             devices: vec![first, second],
         };
         assert_eq!(config, expected);

@@ -1,6 +1,7 @@
 //! A whole server, as the operator describes it.
 
 use std::collections::HashSet;
+use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::thread;
 
@@ -56,6 +57,19 @@ pub struct ServerConfig {
     #[arg(long = "control-allow", value_name = "PATH")]
     pub control_allow: Option<Vec<PathBuf>>,
 
+    /// TCP address on which Prometheus finds metrics: 127.0.0.1:9100 [default: none]
+    #[arg(long, value_name = "ADDRESS")]
+    pub metrics_address: Option<SocketAddr>,
+
+    /// Whether that may be another than this machine's own: anybody who reaches it can read the metrics [default: false]
+    #[arg(long)]
+    #[serde(default)]
+    pub metrics_remote: bool,
+
+    /// UNIX socket on which metrics are found, for the server's own user [default: none]
+    #[arg(long, value_name = "PATH")]
+    pub metrics_socket: Option<PathBuf>,
+
     /// The devices, at least one without a control socket.
     #[arg(skip)]
     #[serde(rename = "device", default)]
@@ -88,6 +102,9 @@ pub enum InvalidServer {
     /// A detail of a control socket that there is not.
     #[error("{0} is for a server with a control_socket only; leave it out, or name the socket")]
     ControlUnused(&'static str),
+    /// An address that others can reach.
+    #[error("metrics_address {0} is not this machine's own (127.0.0.1, ::1): name one that is, or set metrics_remote")]
+    MetricsRemote(SocketAddr),
     /// Two devices with one name.
     #[error("two devices have the name {0:?}; give one of them another")]
     SameName(String),
@@ -116,6 +133,9 @@ impl ServerConfig {
     pub fn override_with(&mut self, options: Self) {
         let Self { workers, worker_cpus, sqpoll, sqpoll_idle, sqpoll_cpus, sandbox, .. } = options;
         self.control_socket = options.control_socket.or(self.control_socket.take());
+        self.metrics_address = options.metrics_address.or(self.metrics_address);
+        self.metrics_remote |= options.metrics_remote;
+        self.metrics_socket = options.metrics_socket.or(self.metrics_socket.take());
         self.control_mode = options.control_mode.or(self.control_mode);
         self.control_allow = options.control_allow.or(self.control_allow.take());
         self.workers = workers.or(self.workers);
@@ -155,6 +175,11 @@ impl ServerConfig {
         }
         if self.control_socket.is_none() && self.control_allow.is_some() {
             return Err(InvalidServer::ControlUnused("control_allow"));
+        }
+        if let Some(address) =
+            self.metrics_address.filter(|address| !address.ip().is_loopback() && !self.metrics_remote)
+        {
+            return Err(InvalidServer::MetricsRemote(address));
         }
         let mut names = HashSet::new();
         for name in self.devices.iter().filter_map(|device| device.name.as_ref()) {
@@ -225,6 +250,11 @@ mod tests {
         assert_eq!(unused, Err(InvalidServer::ControlUnused("control_mode")));
         let unused = check(|config| config.control_allow = Some(vec![]));
         assert_eq!(unused, Err(InvalidServer::ControlUnused("control_allow")));
+        let address = "10.0.0.1:9100".parse().unwrap();
+        let remote = ServerConfig { workers: Some(2), metrics_address: Some(address), ..ServerConfig::default() };
+        assert_eq!(remote.check(), Err(InvalidServer::MetricsRemote(address)));
+        assert_eq!(ServerConfig { metrics_remote: true, ..remote }.check(), Ok(()));
+        assert_eq!(check(|config| config.metrics_address = Some("[::1]:0".parse().unwrap())), Ok(()));
         let twins = check(|config| {
             config.devices.push(DeviceConfig::new("b.sock"));
             config.devices.iter_mut().for_each(|device| device.name = Some("twin".into()));

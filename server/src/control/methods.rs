@@ -25,6 +25,8 @@ const METHODS: &[(&str, Method)] = &[
     ("device.pause", pause),
     ("device.resume", resume),
     ("device.drain", drain),
+    ("device.statistics", statistics),
+    ("device.reset_statistics", reset_statistics),
     ("server.stop", stop),
 ];
 
@@ -181,6 +183,19 @@ fn drain(devices: &Devices, given: Value) -> Result<Value, Failure> {
         .flush()
         .map_err(|error| Failure::new(Failure::SYSTEM, format!("it is paused, but cannot be flushed: {error}")))?;
     Ok(drained)
+}
+
+fn statistics(devices: &Devices, given: Value) -> Result<Value, Failure> {
+    let Named { device } = params(given)?;
+    let device = find(devices, &device)?;
+    Ok(json!({ "device": device.name, "queues": device.statistics() }))
+}
+
+fn reset_statistics(devices: &Devices, given: Value) -> Result<Value, Failure> {
+    let Named { device } = params(given)?;
+    let device = find(devices, &device)?;
+    device.reset_statistics();
+    Ok(json!({ "device": device.name }))
 }
 
 fn stop(devices: &Devices, given: Value) -> Result<Value, Failure> {

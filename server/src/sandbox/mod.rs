@@ -39,10 +39,12 @@ pub(crate) enum ThreadKind {
     Worker,
     /// Serves operators, see [`control`](crate::control): opens devices, and starts the sessions that serve them.
     Control,
+    /// Tells of what the others have done, see [`metrics`](crate::metrics).
+    Metrics,
 }
 
 impl ThreadKind {
-    const ALL: [Self; 4] = [Self::Main, Self::Session, Self::Worker, Self::Control];
+    const ALL: [Self; 5] = [Self::Main, Self::Session, Self::Worker, Self::Control, Self::Metrics];
 }
 
 /// A part of the sandbox that the kernel has and that cannot be set up all the same.

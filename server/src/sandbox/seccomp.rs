@@ -30,6 +30,7 @@ pub(super) struct Filters {
     session: Filter,
     worker: Filter,
     control: Filter,
+    metrics: Filter,
 }
 
 impl Filters {
@@ -42,6 +43,7 @@ impl Filters {
             session: filter(ThreadKind::Session)?,
             worker: filter(ThreadKind::Worker)?,
             control: filter(ThreadKind::Control)?,
+            metrics: filter(ThreadKind::Metrics)?,
         }))
     }
 
@@ -52,6 +54,7 @@ impl Filters {
             ThreadKind::Session => &self.session,
             ThreadKind::Worker => &self.worker,
             ThreadKind::Control => &self.control,
+            ThreadKind::Metrics => &self.metrics,
         };
         // In this order: the killing one leaves no way to add another.
         for program in [&filter.refusing, &filter.killing] {

@@ -122,6 +122,19 @@ const CONTROL: &[c_long] = &[
     SYS_recvfrom,
 ];
 
+/// At the end its socket is removed.
+const METRICS: &[c_long] = &[
+    SYS_accept4,
+    SYS_recvfrom,
+    SYS_getsockopt,
+    SYS_ioctl,
+    SYS_newfstatat,
+    SYS_statx,
+    SYS_unlinkat,
+    #[cfg(target_arch = "x86_64")]
+    SYS_unlink,
+];
+
 /// Neither `io_uring_setup` nor anything that stores need to be opened: a worker's ring is made before.
 const WORKER: &[c_long] = &[SYS_io_uring_enter, SYS_io_uring_register, SYS_fsync, SYS_fdatasync, SYS_flock];
 
@@ -169,6 +182,7 @@ pub(super) fn allowed(kind: ThreadKind) -> impl Iterator<Item = (c_long, Option<
         ThreadKind::Session => SESSION,
         ThreadKind::Worker => WORKER,
         ThreadKind::Control => CONTROL,
+        ThreadKind::Metrics => METRICS,
     };
     let inherited = if kind == ThreadKind::Control { SESSION } else { &[] };
     ANY.iter().chain(own).chain(inherited).map(|call| (*call, argument(*call)))

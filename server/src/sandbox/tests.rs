@@ -56,11 +56,11 @@ const FOR_CONTROL: &[(&str, Act)] = &[
     }),
 ];
 
+/// What those may whose sockets go with them.
+const FOR_LISTENERS: &[(&str, Act)] = &[("remove a socket", |folder| fs::remove_file(folder.join("file")).unwrap())];
+
 /// What sessions may, and those who start them.
-const FOR_SESSIONS: &[(&str, Act)] = &[
-    ("remove a socket", |folder| fs::remove_file(folder.join("file")).unwrap()),
-    ("make an eventfd", |_| drop(nix::sys::eventfd::EventFd::new().unwrap())),
-];
+const FOR_SESSIONS: &[(&str, Act)] = &[("make an eventfd", |_| drop(nix::sys::eventfd::EventFd::new().unwrap()))];
 
 /// What sessions may as far as seccomp goes.
 const ELSEWHERE: (&str, Act) = ("remove a file elsewhere", |folder| {
@@ -118,7 +118,7 @@ fn map(prot: ProtFlags) -> nix::Result<std::ptr::NonNull<libc::c_void>> {
 #[test]
 fn stage() {
     let Some(name) = env::var_os("SANDBOX_ACT") else { return };
-    let act = [FORBIDDEN, FOR_CONTROL, FOR_SESSIONS, &[ELSEWHERE], HARMLESS]
+    let act = [FORBIDDEN, FOR_CONTROL, FOR_SESSIONS, FOR_LISTENERS, &[ELSEWHERE], HARMLESS]
         .concat()
         .into_iter()
         .find(|(act, _)| name == **act);
@@ -168,8 +168,12 @@ fn what_nobody_may_ends_the_process() {
 
 #[test]
 fn some_may_more_than_others() {
-    use ThreadKind::{Control, Session};
-    for (acts, kinds) in [(FOR_SESSIONS, &[Session, Control][..]), (FOR_CONTROL, &[Control])] {
+    use ThreadKind::{Control, Metrics, Session};
+    for (acts, kinds) in [
+        (FOR_LISTENERS, &[Session, Control, Metrics][..]),
+        (FOR_SESSIONS, &[Session, Control]),
+        (FOR_CONTROL, &[Control]),
+    ] {
         for (name, _) in acts {
             for kind in ThreadKind::ALL {
                 let output = done(name, kind);
