@@ -4,6 +4,7 @@ mod bench;
 mod ctl;
 mod exit;
 mod manual;
+mod service;
 
 use std::io::{self, Write};
 use std::path::Path;
@@ -62,6 +63,8 @@ fn serve(arguments: ServeArgs) -> Result<()> {
     let mut signals = Signals::new([SIGTERM, SIGINT]).context("cannot handle signals")?;
     let server = Server::start(&config)?;
     announce(&server).context("cannot write to standard output")?;
+    let manager = service::ServiceManager::of_environment();
+    manager.ready(server.devices().count());
     let (stop, sandbox) = (server.stop_handle(), server.sandbox());
     thread::Builder::new().name("signals".into()).spawn(move || {
         sandbox.enter();
@@ -73,6 +76,7 @@ fn serve(arguments: ServeArgs) -> Result<()> {
             }
             stopping = true;
             log::info!("stopping; a second signal stops at once");
+            manager.stopping();
             stop.stop();
         }
     })?;

@@ -26,6 +26,7 @@ mod requests;
 mod rig;
 mod sandbox;
 mod scale;
+mod service;
 mod transport;
 mod words;
 mod workers;
