@@ -12,6 +12,7 @@ use virtio::queue::{Armed, Head, PackedQueue, Popped, QueueState, Signal, SplitQ
 
 use crate::backend::{Backend, Completion, Full, Io, Op, Store};
 use crate::device::{QueueParts, QueuePlace, QueueService, StartError};
+use crate::metrics::{DeviceMetrics, Kind, Meter};
 use crate::session::Events;
 use crate::worker::{QueueTask, Round, Share, TaskBuilder};
 
@@ -25,11 +26,12 @@ const SHARED_ROUND: usize = 4;
 pub(crate) struct BlockService {
     store: Arc<dyn Store>,
     config: Arc<SharedConfig>,
+    metrics: Arc<DeviceMetrics>,
 }
 
 impl BlockService {
-    pub(crate) fn new(store: Arc<dyn Store>, config: Arc<SharedConfig>) -> Self {
-        Self { store, config }
+    pub(crate) fn new(store: Arc<dyn Store>, config: Arc<SharedConfig>, metrics: Arc<DeviceMetrics>) -> Self {
+        Self { store, config, metrics }
     }
 }
 
@@ -45,6 +47,16 @@ impl QueueService for BlockService {
     fn flush(&self) -> io::Result<()> {
         self.store.flush()
     }
+
+    fn capacity(&self) -> u64 {
+        self.config.limits().capacity * SECTOR
+    }
+
+    fn resize(&self, capacity: Option<u64>) -> io::Result<u64> {
+        let capacity = self.store.resize(capacity)?;
+        self.config.set_capacity(capacity / SECTOR);
+        Ok(capacity)
+    }
 }
 
 impl BlockService {
@@ -57,6 +69,7 @@ impl BlockService {
         let ring = Q::Memory::map(&mut memory, place.addresses, place.size)?;
         let queue = Q::new(ring, features, state.unwrap_or(Q::START));
         let (store, config) = (Arc::clone(&self.store), Arc::clone(&self.config));
+        let metrics = self.metrics.queue(index);
         Ok(Box::new(move |ring| {
             let backend = store.attach(ring)?;
             Ok(Box::new(BlockQueue {
@@ -78,6 +91,7 @@ impl BlockService {
                 events,
                 accepting: true,
                 warned_blank: false,
+                meter: Meter::new(metrics, place.size.saturating_add(1)),
             }))
         }))
     }
@@ -121,6 +135,8 @@ struct BlockQueue<Q: Virtqueue> {
     /// Whether requests are taken: not when stopped, nor after the driver broke the rules.
     accepting: bool,
     warned_blank: bool,
+    /// Counts what is done here.
+    meter: Meter,
 }
 
 impl<Q: Virtqueue<Memory: MappedQueue>> BlockQueue<Q> {
@@ -147,6 +163,7 @@ impl<Q: Virtqueue<Memory: MappedQueue>> BlockQueue<Q> {
             round = Round::Progress;
             // Where there were fewer, the ring has no more for now.
             left = if self.batch.len() < most { 0 } else { left.saturating_sub(most) };
+            self.meter.taken();
             self.resolve_batch();
             self.start_batch();
         }
@@ -228,6 +245,7 @@ impl<Q: Virtqueue<Memory: MappedQueue>> BlockQueue<Q> {
     /// Gives back a request that has not come to the store.
     #[cold]
     fn answer(&mut self, head: Head, io: Box<Io>, status: Status, written: u32) {
+        self.meter.submitted(io.token, Kind::Other, 0);
         self.finish(head, io, status, Written::First(written));
     }
 
@@ -249,6 +267,7 @@ impl<Q: Virtqueue<Memory: MappedQueue>> BlockQueue<Q> {
     /// Hands an operation to the backend, or has it wait for room there, behind those that wait already.
     #[inline(always)]
     fn submit(&mut self, head: Head, io: Box<Io>, written: u32) {
+        self.meter.submitted(io.token, kind(io.op), io.buffers.len());
         self.in_flight.insert(io.token, Pending { head, written });
         if !self.stalled.is_empty() {
             self.stalled.push_back(io);
@@ -263,13 +282,17 @@ impl<Q: Virtqueue<Memory: MappedQueue>> BlockQueue<Q> {
         let mut round = Round::Nothing;
         if !self.completions.is_empty() {
             round = Round::Progress;
+            self.meter.reaped();
             self.complete_all();
         }
-        if let Ring::Mapped(queue) = &mut self.queue
-            && queue.publish() == Signal::Needed
-        {
+        let signal = match &mut self.queue {
+            Ring::Mapped(queue) => queue.publish(),
+            _ => Signal::Idle,
+        };
+        if signal == Signal::Needed {
             self.interrupt.signal();
         }
+        self.meter.published(signal);
         round
     }
 
@@ -279,10 +302,12 @@ impl<Q: Virtqueue<Memory: MappedQueue>> BlockQueue<Q> {
         let mut completions = mem::take(&mut self.completions);
         for Completion { io, result } in completions.drain(..) {
             let Some(pending) = self.in_flight.remove(io.token) else { continue };
+            self.meter.completed(io.token);
             let (status, written) = match result {
                 Ok(()) if self.in_order => (Status::Ok, success(&io, pending.written)),
                 Ok(()) => (Status::Ok, pending.written.into()),
                 Err(error) => {
+                    self.meter.failed(&error);
                     // Not the storage's doing: the client's memory is not there.
                     if error.raw_os_error() == Some(libc::EFAULT) {
                         self.events.memory_lost();
@@ -329,6 +354,18 @@ fn another(made: &mut u16) -> Box<Io> {
     Box::new(Io { token, op: Op::Flush, buffers: PinnedBuffers::default() })
 }
 
+/// What an operation counts as.
+#[inline(always)]
+fn kind(op: Op) -> Kind {
+    match op {
+        Op::Read { .. } => Kind::Read,
+        Op::Write { .. } => Kind::Write,
+        Op::Flush => Kind::Flush,
+        Op::Discard { .. } => Kind::Discard,
+        Op::WriteZeroes { .. } => Kind::WriteZeroes,
+    }
+}
+
 /// What a driver is told of a request that has been done: a read fills its buffers up to and with the status, others write
 /// the status, and nothing of what else they might be allowed to.
 #[inline(always)]
@@ -349,7 +386,9 @@ impl<Q: Virtqueue<Memory: MappedQueue>> QueueTask for BlockQueue<Q> {
     fn run(&mut self, share: Share) -> Round {
         let taken = self.take_requests(share);
         let given = self.give_back();
-        if taken == Round::Progress { taken } else { given }
+        let round = if taken == Round::Progress { taken } else { given };
+        self.meter.polled(round == Round::Progress, self.in_flight.len());
+        round
     }
 
     fn arm(&mut self) -> Armed {
@@ -360,6 +399,7 @@ impl<Q: Virtqueue<Memory: MappedQueue>> QueueTask for BlockQueue<Q> {
     }
 
     fn kicked(&mut self) {
+        self.meter.kicked();
         let Ring::Mapped(queue) = &self.queue else { return };
         if !self.warned_blank && queue.state() == Q::START && queue.memory().is_blank() {
             self.warned_blank = true;

@@ -11,6 +11,7 @@ use virtio::transport::VirtioPci;
 use crate::config::{ClientLimits, NumberList, PollPolicy};
 use crate::doorbell_page::DoorbellPage;
 use crate::session::Events;
+use crate::status::SharedStatus;
 use crate::worker::TaskBuilder;
 
 /// A device as a session serves it. It outlives its clients.
@@ -27,6 +28,10 @@ pub(crate) struct Device {
     pub(crate) doorbell_page: Option<DoorbellPage>,
     /// What a client may take.
     pub(crate) limits: ClientLimits,
+    /// Whether an operator has stopped its queues: none is started then.
+    pub(crate) paused: bool,
+    /// What others see of it.
+    pub(crate) status: Arc<SharedStatus>,
 }
 
 /// What a kind of device adds to the data path.
@@ -42,6 +47,15 @@ pub(crate) trait QueueService: Send {
     /// # Errors
     /// If the storage fails.
     fn flush(&self) -> io::Result<()>;
+
+    /// Bytes that the device has.
+    fn capacity(&self) -> u64;
+
+    /// Gives it that many bytes, or as many as its storage has by now, and says how many that are. None of its queues runs.
+    ///
+    /// # Errors
+    /// If the storage cannot; it is as before then.
+    fn resize(&self, capacity: Option<u64>) -> io::Result<u64>;
 }
 
 /// Where the driver has put a queue, and what it looks like there.

@@ -7,17 +7,21 @@
 pub mod backend;
 mod block;
 pub mod config;
+pub mod control;
 mod device;
+mod devices;
 mod doorbell_page;
 mod listener;
+mod metrics;
 mod sandbox;
 mod server;
 mod session;
+mod status;
 mod store;
 mod worker;
 
 pub use listener::ListenError;
 pub use sandbox::{Sandbox, SandboxError};
 pub use server::{OpenError, ServeError, Server, StopHandle};
-pub use store::StoreError;
+pub use store::{StoreError, describe};
 pub use worker::PoolError;

@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
@@ -13,18 +13,17 @@ use nix::sys::socket::sockopt::PeerCredentials;
 use nix::sys::socket::{self, AddressFamily, Backlog, SockFlag, SockType, UnixAddr};
 use nix::unistd::{Gid, Group};
 
-use crate::config::DeviceConfig;
-use crate::session::Stop;
+use crate::config::{DeviceConfig, SocketMode};
 
 /// Why a socket cannot be had.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum ListenError {
     /// Somebody answers there.
-    #[error("{0}: another server is listening there; stop it, or choose another --socket-path")]
+    #[error("{0}: another server is listening there; stop it, or choose another path")]
     InUse(PathBuf),
     /// There is something else.
-    #[error("{0}: exists and is not a socket; remove it, or choose another --socket-path")]
+    #[error("{0}: exists and is not a socket; remove it, or choose another path")]
     NotASocket(PathBuf),
     /// Nobody knows the group.
     #[error("{path}: there is no group {group:?}; give --socket-group the name or the number of one")]
@@ -47,6 +46,26 @@ pub enum ListenError {
 /// How long a client waits that could not be accepted, in milliseconds.
 const RETRY_PAUSE: u16 = 100;
 
+/// Who may connect.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Access<'a> {
+    /// The permissions of the socket; what the umask leaves if it is not said.
+    pub(crate) mode: Option<SocketMode>,
+    /// Its group, by name or number.
+    pub(crate) group: Option<&'a str>,
+    /// The users that are served; all that the socket lets in if it is not said.
+    pub(crate) allow_uids: Option<&'a [u32]>,
+}
+
+/// What ended a wait for clients.
+#[derive(Debug)]
+pub(crate) enum Arrival {
+    /// One is there.
+    Client(UnixStream),
+    /// This descriptor, of those that were waited for too, is readable.
+    Woken(usize),
+}
+
 /// A listening socket, removed from the file system with this.
 #[derive(Debug)]
 pub(crate) struct Listener {
@@ -64,10 +83,22 @@ impl Listener {
     /// # Errors
     /// If a live server listens there, or something else lies there, or the system refuses.
     pub(crate) fn bind(device: &DeviceConfig) -> Result<Self, ListenError> {
-        let path = &device.socket_path;
-        let failed = |source| ListenError::Io { path: path.clone(), source };
+        let access = Access {
+            mode: device.socket_mode(),
+            group: device.socket_group.as_deref(),
+            allow_uids: device.allow_uids.as_deref(),
+        };
+        Self::bind_at(&device.socket_path, access)
+    }
+
+    /// As [`bind`](Self::bind), for whoever listens.
+    ///
+    /// # Errors
+    /// The same.
+    pub(crate) fn bind_at(path: &Path, access: Access<'_>) -> Result<Self, ListenError> {
+        let failed = |source| ListenError::Io { path: path.to_owned(), source };
         let refused = |errno: Errno| failed(errno.into());
-        let group = device.socket_group.as_deref().map(|group| find_group(path, group)).transpose()?;
+        let group = access.group.map(|group| find_group(path, group)).transpose()?;
         remove_stale(path)?;
         let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
         let socket = socket::socket(AddressFamily::Unix, SockType::Stream, flags, None).map_err(refused)?;
@@ -77,12 +108,12 @@ impl Listener {
             socket: socket.into(),
             path: std::path::absolute(path).map_err(failed)?,
             made: (metadata.dev(), metadata.ino()),
-            allow_uids: device.allow_uids.clone(),
+            allow_uids: access.allow_uids.map(<[_]>::to_vec),
         };
         if let Some(group) = group {
             std::os::unix::fs::lchown(path, None, Some(group.as_raw())).map_err(failed)?;
         }
-        if let Some(mode) = device.socket_mode() {
+        if let Some(mode) = access.mode {
             fs::set_permissions(path, fs::Permissions::from_mode(mode.bits())).map_err(failed)?;
         }
         // Only now: until here nobody could connect, whatever the umask has left of the permissions.
@@ -95,30 +126,30 @@ impl Listener {
         &self.path
     }
 
-    /// Waits for a client; `None` when the server is to stop.
+    /// Waits for a client, or until one of `others` is readable; the first of these comes first.
     ///
     /// # Errors
     /// If the system refuses.
-    pub(crate) fn accept(&self, stop: &Stop) -> io::Result<Option<UnixStream>> {
+    pub(crate) fn accept<const N: usize>(&self, others: [BorrowedFd<'_>; N]) -> io::Result<Arrival> {
         loop {
-            let mut fds =
-                [PollFd::new(stop.as_fd(), PollFlags::POLLIN), PollFd::new(self.socket.as_fd(), PollFlags::POLLIN)];
+            let mut fds: Vec<_> = others.iter().map(|fd| PollFd::new(*fd, PollFlags::POLLIN)).collect();
+            fds.push(PollFd::new(self.socket.as_fd(), PollFlags::POLLIN));
             match poll(&mut fds, PollTimeout::NONE) {
                 Ok(_) | Err(Errno::EINTR) => {}
                 Err(errno) => return Err(errno.into()),
             }
-            let [stopped, _] = fds;
-            if stopped.any() == Some(true) {
-                return Ok(None);
+            if let Some(first) = fds.iter().take(N).position(|fd| fd.any() == Some(true)) {
+                return Ok(Arrival::Woken(first));
             }
             match self.socket.accept() {
-                Ok((stream, _)) if self.admits(&stream) => return Ok(Some(stream)),
+                Ok((stream, _)) if self.admits(&stream) => return Ok(Arrival::Client(stream)),
                 Ok(_) => {}
                 // It went away again, or there are no descriptors just now: the next may have more luck.
                 Err(error) if transient(&error) => {
                     log::warn!("{}: cannot accept a client: {error}", self.path.display());
                     // It is still there, and would be found at once.
-                    let _stopped = poll(&mut [PollFd::new(stop.as_fd(), PollFlags::POLLIN)], RETRY_PAUSE);
+                    fds.truncate(N);
+                    let _woken = poll(&mut fds, RETRY_PAUSE);
                 }
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
                 Err(error) => return Err(error),
@@ -146,10 +177,13 @@ impl Listener {
 
 /// A group by its name, or else its number.
 fn find_group(path: &Path, group: &str) -> Result<Gid, ListenError> {
-    let found = Group::from_name(group)
-        .map_err(|errno| ListenError::Io { path: path.to_owned(), source: errno.into() })?
-        .map(|group| group.gid);
     let number = || group.parse().ok().map(Gid::from_raw);
+    let found = match Group::from_name(group) {
+        Ok(found) => found.map(|group| group.gid),
+        // In the sandbox there are no names.
+        Err(_) if number().is_some() => None,
+        Err(errno) => return Err(ListenError::Io { path: path.to_owned(), source: errno.into() }),
+    };
     found.or_else(number).ok_or_else(|| ListenError::NoGroup { path: path.to_owned(), group: group.to_owned() })
 }
 

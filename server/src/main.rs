@@ -1,31 +1,38 @@
 //! The command `vfio-user-blk`.
 
 mod bench;
+mod ctl;
+mod exit;
+mod manual;
+mod service;
 
 use std::io::{self, Write};
 use std::path::Path;
 use std::process::ExitCode;
 use std::thread;
 
-use anyhow::{Context, Result, bail};
-use clap::Parser;
+use anyhow::{Context, Result};
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 use vfio_user_blk::Server;
-use vfio_user_blk::config::{Cli, Command, ServeArgs, ServerConfig};
+use vfio_user_blk::config::{CheckArgs, Cli, Command, ServeArgs, ServerConfig};
 
 fn main() -> ExitCode {
-    let cli = Cli::parse();
+    let cli = Cli::read();
     env_logger::Builder::from_env(env_logger::Env::default().default_filter_or("info")).init();
     let result = match cli.command {
         Command::Serve(arguments) => serve(arguments),
         Command::Bench(arguments) => bench::run(&arguments),
+        Command::Ctl(arguments) => ctl::run(&arguments),
+        Command::Check(arguments) => check(&arguments),
+        Command::Completions(arguments) => manual::completions(arguments.shell),
+        Command::Man(arguments) => manual::page(arguments.command.as_deref()),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("vfio-user-blk: {}", explain(&error));
-            ExitCode::FAILURE
+            ExitCode::from(exit::status(&error))
         }
     }
 }
@@ -43,13 +50,21 @@ fn serve(arguments: ServeArgs) -> Result<()> {
     let mut config = match (arguments.config, arguments.device) {
         (Some(path), None) => ServerConfig::read(&path)?,
         (None, Some(device)) => ServerConfig::new(vec![device]),
-        _ => bail!("there is nothing to serve; give --socket-path PATH or --config FILE"),
+        (None, None) if arguments.server.control_socket.is_some() => ServerConfig::new(Vec::new()),
+        _ => {
+            return Err(exit::UsageError(
+                "there is nothing to serve; give --socket-path PATH, --config FILE or --control-socket PATH",
+            )
+            .into());
+        }
     };
     config.override_with(arguments.server);
     // Before the first thread, so that none of them is interrupted in its place.
     let mut signals = Signals::new([SIGTERM, SIGINT]).context("cannot handle signals")?;
     let server = Server::start(&config)?;
     announce(&server).context("cannot write to standard output")?;
+    let manager = service::ServiceManager::of_environment();
+    manager.ready(server.devices().count());
     let (stop, sandbox) = (server.stop_handle(), server.sandbox());
     thread::Builder::new().name("signals".into()).spawn(move || {
         sandbox.enter();
@@ -61,6 +76,7 @@ fn serve(arguments: ServeArgs) -> Result<()> {
             }
             stopping = true;
             log::info!("stopping; a second signal stops at once");
+            manager.stopping();
             stop.stop();
         }
     })?;
@@ -69,12 +85,27 @@ fn serve(arguments: ServeArgs) -> Result<()> {
     Ok(server.join()?)
 }
 
+/// Reads a configuration as `serve` would, and opens nothing that is in it.
+fn check(arguments: &CheckArgs) -> Result<()> {
+    let path = &arguments.config;
+    let config = ServerConfig::read(path)?;
+    let mut out = io::stdout().lock();
+    let plural = |number: usize| if number == 1 { "" } else { "s" };
+    let (devices, workers) = (config.devices.len(), config.workers());
+    let (s, t) = (plural(devices), plural(workers));
+    writeln!(out, "{}: fine: {devices} device{s}, {workers} worker{t}", path.display())?;
+    for device in &config.devices {
+        writeln!(out, "  {} ({})", device.socket_path.display(), vfio_user_blk::describe(device))?;
+    }
+    Ok(out.flush()?)
+}
+
 /// Says what is served where, and how QEMU attaches it.
 fn announce(server: &Server) -> io::Result<()> {
     let mut out = io::stdout().lock();
     for (path, description) in server.devices() {
         writeln!(out, "listening on {} ({description})", path.display())?;
-        writeln!(out, "  attach it with: -device '{}'", qemu_device(path))?;
+        writeln!(out, "  attach it with: -device '{}'", qemu_device(&path))?;
     }
     writeln!(out, "QEMU (10.1 or newer) must share the guest's memory, once for all devices:")?;
     writeln!(out, "  -object memory-backend-memfd,id=mem,size=SIZE,share=on -machine memory-backend=mem")?;

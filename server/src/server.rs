@@ -1,9 +1,10 @@
 //! A server: its devices, their sessions, and the workers that all share.
 
 use std::io;
-use std::path::{Path, PathBuf};
-use std::sync::Arc;
-use std::thread::{self, JoinHandle};
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::sync::{Arc, Weak};
+use std::thread;
 
 use virtio::block::{BlockConfig, BlockDevice, Discard, SERIAL_LEN, WriteZeroes};
 use virtio::device::VirtioDevice;
@@ -11,15 +12,19 @@ use virtio::memory::outlive_lost_memory;
 use virtio::transport::{Options, VirtioPci};
 use virtio_bindings::virtio_config::{VIRTIO_F_IN_ORDER, VIRTIO_F_IOMMU_PLATFORM, VIRTIO_F_RING_PACKED};
 
-use crate::backend::uring::{SqPoll, UringOptions};
-use crate::backend::{SECTOR, Service, StoreInfo};
+use crate::backend::uring::{SqPoll, UringOptions, Waker};
+use crate::backend::{SECTOR, Service, Store, StoreInfo};
 use crate::block::BlockService;
 use crate::config::{Cache, DeviceConfig, Doorbell, InvalidDevice, InvalidServer, NumberList, ServerConfig, Size};
+use crate::control::{self, Control};
 use crate::device::Device;
+use crate::devices::Devices;
 use crate::doorbell_page::DoorbellPage;
 use crate::listener::{ListenError, Listener};
+use crate::metrics::{self, DeviceMetrics, Responder};
 use crate::sandbox::{Entrance, Sandbox, SandboxError, ThreadKind};
-use crate::session::{Session, Stop};
+use crate::session::Stop;
+use crate::status::{SharedStatus, Status};
 use crate::store::{self, Bases, StoreError};
 use crate::worker::{Pool, PoolError, WorkerPlan};
 
@@ -29,8 +34,6 @@ const MAX_SEGMENTS: u16 = 254;
 const MAX_DISCARD_SECTORS: u32 = 1 << 21;
 /// The most sectors of one write-zeroes: 16 MiB, which a store that has to write them writes without a pause for others.
 const MAX_WRITE_ZEROES_SECTORS: u32 = 1 << 15;
-/// A session's stack: it recurses nowhere, and there may be a thousand.
-const SESSION_STACK: usize = 256 << 10;
 /// The stack of a store's own thread: cryptography takes some.
 const STORE_STACK: usize = 512 << 10;
 
@@ -38,7 +41,7 @@ const STORE_STACK: usize = 512 << 10;
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum OpenError {
-    /// What is said of the workers.
+    /// What is said of the server as a whole.
     #[error(transparent)]
     Server(#[from] InvalidServer),
     /// The description of a device.
@@ -63,6 +66,14 @@ pub enum OpenError {
     /// The socket.
     #[error(transparent)]
     Listen(#[from] ListenError),
+    /// Where metrics are to be had.
+    #[error("metrics_address: cannot listen on {address}: {source}")]
+    MetricsAddress {
+        /// The address.
+        address: SocketAddr,
+        /// What the system said.
+        source: io::Error,
+    },
     /// What the threads give up.
     #[error(transparent)]
     Sandbox(#[from] SandboxError),
@@ -107,15 +118,11 @@ impl StopHandle {
 
 /// A running server.
 pub struct Server {
-    sessions: Vec<Serving>,
+    devices: Arc<Devices>,
+    control: Option<Control>,
+    metrics: Vec<Responder>,
     stop: Arc<Stop>,
     sandbox: Sandbox,
-}
-
-struct Serving {
-    socket_path: PathBuf,
-    description: String,
-    thread: JoinHandle<io::Result<()>>,
 }
 
 impl Server {
@@ -131,31 +138,45 @@ impl Server {
         // All or nothing: the sockets appear once every store is open.
         let entrance = Entrance::default();
         let mut bases = Bases::default();
-        let mut devices: Vec<_> =
+        let mut opened: Vec<_> =
             config.devices.iter().map(|device| open_device(device, &entrance, &mut bases)).collect::<Result<_, _>>()?;
         let listeners: Vec<_> = config.devices.iter().map(Listener::bind).collect::<Result<_, _>>()?;
+        if config.control_socket.is_some()
+            && let Ok(waker) = Waker::new()
+            && let Err(error) = store::try_ring(&waker)
+        {
+            log::warn!("no device with an image file can be added later: {error}");
+        }
+        let control = config.control_socket.as_deref().map(|path| control::bind(path, config)).transpose()?;
+        let metrics_socket = config.metrics_socket.as_deref().map(metrics::bind).transpose()?;
+        let metrics_address = config.metrics_address.map(|address| {
+            metrics::Place::tcp(address).map_err(|source| OpenError::MetricsAddress { address, source })
+        });
+        let metrics_address = metrics_address.transpose()?;
         // From here on threads only serve what is open.
-        let folders: Vec<_> = listeners.iter().filter_map(|listener| listener.path().parent()).collect();
-        let services: Vec<_> = devices.iter_mut().filter_map(|(.., service)| service.take()).collect();
+        let sockets = listeners.iter().chain(&control).chain(&metrics_socket);
+        let folders: Vec<_> = sockets.filter_map(|listener| listener.path().parent()).collect();
+        let services: Vec<_> = opened.iter_mut().filter_map(|opened| opened.store_service.take()).collect();
         let ports: Vec<_> = services.iter().flat_map(|service| service.ports.iter().copied()).collect();
-        let sandbox = Sandbox::new(config.sandbox.unwrap_or_default(), &folders, &ports)?;
+        let mode = config.sandbox.unwrap_or_default();
+        let sandbox = Sandbox::with_control(mode, &folders, &ports, config.control_allow())?;
         entrance.open(&sandbox);
         services.into_iter().try_for_each(|service| start_service(service, &sandbox)).map_err(OpenError::Threads)?;
-        let pool = Arc::new(Pool::new(worker_plans(config), &sandbox)?);
-        let mut server = Self { sessions: Vec::new(), stop: Arc::clone(&stop), sandbox: sandbox.clone() };
-        for ((device, description, _), listener) in devices.into_iter().zip(listeners) {
-            let socket_path = listener.path().to_owned();
-            let session = Session::new(device, listener, Arc::clone(&pool), Arc::clone(&stop));
-            let sandbox = sandbox.clone();
-            let thread = thread::Builder::new()
-                .name(format!("session-{}", server.sessions.len()))
-                .stack_size(SESSION_STACK)
-                .spawn(move || {
-                    sandbox.enter_as(ThreadKind::Session);
-                    session.run()
-                })
-                .map_err(OpenError::Threads)?;
-            server.sessions.push(Serving { socket_path, description, thread });
+        let pool = Pool::new(worker_plans(config), &sandbox)?;
+        let devices = Arc::new(Devices::new(config, pool, Arc::clone(&stop), sandbox.clone(), entrance));
+        let mut server = Self { devices, control: None, metrics: Vec::new(), stop, sandbox };
+        for ((device, opened), listener) in config.devices.iter().zip(opened).zip(listeners) {
+            server.devices.serve(device, opened, listener).map_err(OpenError::Threads)?;
+        }
+        if let Some(listener) = control {
+            let (devices, stop) = (Arc::clone(&server.devices), Arc::clone(&server.stop));
+            server.control =
+                Some(Control::start(listener, devices, stop, &server.sandbox).map_err(OpenError::Threads)?);
+        }
+        for place in metrics_socket.map(metrics::Place::Unix).into_iter().chain(metrics_address) {
+            let (devices, stop) = (Arc::clone(&server.devices), Arc::clone(&server.stop));
+            let responder = Responder::start(place, devices, stop, &server.sandbox).map_err(OpenError::Threads)?;
+            server.metrics.push(responder);
         }
         Ok(server)
     }
@@ -171,8 +192,8 @@ impl Server {
     }
 
     /// The devices: the socket of each, from the root, and what it is in a few words.
-    pub fn devices(&self) -> impl Iterator<Item = (&Path, &str)> {
-        self.sessions.iter().map(|serving| (serving.socket_path.as_path(), serving.description.as_str()))
+    pub fn devices(&self) -> impl Iterator<Item = (PathBuf, String)> {
+        self.devices.list().into_iter().map(|device| (device.socket_path, device.description))
     }
 
     /// Waits until all devices have ended.
@@ -180,17 +201,26 @@ impl Server {
     /// # Errors
     /// The first of them that failed; all have ended all the same.
     pub fn join(self) -> Result<(), ServeError> {
-        let mut result = Ok(());
-        for serving in self.sessions {
-            let device = serving.socket_path.display().to_string();
-            let ended = match serving.thread.join() {
-                Ok(ended) => ended.map_err(|source| ServeError::Device { device, source }),
-                Err(_) => Err(ServeError::Panicked { device }),
-            };
-            result = result.and(ended);
+        // First who could add more: with a control socket a server without a device waits for one.
+        if let Some(control) = self.control {
+            control.join();
         }
-        result
+        self.metrics.into_iter().for_each(Responder::join);
+        self.devices.join()
     }
+}
+
+/// A device that can be served.
+pub(crate) struct Opened {
+    pub(crate) device: Device,
+    /// What it is, in a few words.
+    pub(crate) description: String,
+    pub(crate) read_only: bool,
+    /// The store, which the device owns: it is closed when that ends.
+    pub(crate) store: Weak<dyn Store>,
+    /// What the store needs a thread for.
+    pub(crate) store_service: Option<Service>,
+    pub(crate) metrics: Arc<DeviceMetrics>,
 }
 
 /// What each worker is to be.
@@ -205,7 +235,10 @@ fn worker_plans(config: &ServerConfig) -> impl Iterator<Item = WorkerPlan> {
 }
 
 /// Has a thread do what a store needs one for, in the sandbox; it ends by itself when the store is gone.
-fn start_service(service: Service, sandbox: &Sandbox) -> io::Result<()> {
+///
+/// # Errors
+/// If there can be no thread.
+pub(crate) fn start_service(service: Service, sandbox: &Sandbox) -> io::Result<()> {
     let sandbox = sandbox.clone();
     let run = move || {
         sandbox.enter_as(ThreadKind::Connector);
@@ -214,11 +247,12 @@ fn start_service(service: Service, sandbox: &Sandbox) -> io::Result<()> {
     thread::Builder::new().name("store".into()).stack_size(STORE_STACK).spawn(run).map(drop)
 }
 
-fn open_device(
-    config: &DeviceConfig,
-    entrance: &Entrance,
-    bases: &mut Bases,
-) -> Result<(Device, String, Option<Service>), OpenError> {
+/// Opens what a device needs, but for its socket. What overlays lie over is among `bases`, or joins them; threads that a store
+/// starts do nothing before `entrance` is open.
+///
+/// # Errors
+/// If its description makes no sense, or something cannot be had.
+pub(crate) fn open_device(config: &DeviceConfig, entrance: &Entrance, bases: &mut Bases) -> Result<Opened, OpenError> {
     let socket_path = || config.socket_path.clone();
     let invalid = |source| OpenError::Invalid { socket_path: socket_path(), source };
     config.check().map_err(invalid)?;
@@ -239,7 +273,9 @@ fn open_device(
     options.features |= 1 << VIRTIO_F_IOMMU_PLATFORM;
     options.features |= u64::from(config.packed()) << VIRTIO_F_RING_PACKED;
     options.features |= u64::from(config.in_order()) << VIRTIO_F_IN_ORDER;
-    let service = BlockService::new(store, block.shared());
+    let weak = Arc::downgrade(&store);
+    let metrics = Arc::new(DeviceMetrics::new(queues));
+    let service = BlockService::new(store, block.shared(), Arc::clone(&metrics));
     let features = block.features();
     let function = VirtioPci::new(Box::new(block), &options)
         .map_err(|source| OpenError::Function { socket_path: socket_path(), source })?;
@@ -255,7 +291,11 @@ fn open_device(
     };
     let service = Box::new(service);
     let (poll, queue_workers) = (config.poll(), config.queue_workers.clone());
-    Ok((Device { function, service, poll, queue_workers, doorbell_page, limits }, description, store_service))
+    let status = Arc::new(SharedStatus::default());
+    status.update(|status| *status = Status { size: info.capacity, ..Status::default() });
+    let device = Device { function, service, poll, queue_workers, doorbell_page, limits, paused: false, status };
+    let read_only = config.read_only || info.read_only;
+    Ok(Opened { device, description, read_only, store: weak, store_service, metrics })
 }
 
 /// What the guest is told of a store.

@@ -5,7 +5,7 @@ mod faults;
 
 use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use crate::backend::Store;
@@ -140,7 +140,7 @@ fn open_plain(config: &DeviceConfig, entrance: &Entrance) -> Result<Arc<dyn Stor
 fn open_nbd(config: &DeviceConfig) -> Result<Arc<dyn Store>, StoreError> {
     let uri = config.nbd_uri.as_ref().ok_or(InvalidDevice::NoNbdUri)?;
     let no_ring = |source| StoreError::NbdUring { uri: uri.to_string(), source };
-    Uring::new(&Waker::new().map_err(StoreError::Descriptor)?).map_err(no_ring)?;
+    try_ring(&Waker::new().map_err(StoreError::Descriptor)?).map_err(no_ring)?;
     Ok(Arc::new(NbdStore::open(NbdOptions {
         uri: uri.clone(),
         read_only: config.read_only,
@@ -154,7 +154,20 @@ fn open_nbd(config: &DeviceConfig) -> Result<Arc<dyn Store>, StoreError> {
 /// Each worker makes a ring of its own; whether it can is to be known before a guest finds out.
 fn check_ring(path: &Path) -> Result<(), StoreError> {
     let no_ring = |source| StoreError::Uring { blk_file: path.to_owned(), source };
-    Uring::new(&Waker::new().map_err(StoreError::Descriptor)?).map(drop).map_err(no_ring)
+    try_ring(&Waker::new().map_err(StoreError::Descriptor)?).map_err(no_ring)
+}
+
+/// Tries whether rings can be had, until it went well once: in the sandbox, where devices may be added later, nobody can try.
+///
+/// # Errors
+/// What is missing.
+pub(crate) fn try_ring(waker: &Waker) -> Result<(), UringError> {
+    static WENT_WELL: OnceLock<()> = OnceLock::new();
+    if WENT_WELL.get().is_none() {
+        Uring::new(waker)?;
+        let _already = WENT_WELL.set(());
+    }
+    Ok(())
 }
 
 fn file_cache(config: &DeviceConfig) -> file::Cache {
@@ -166,7 +179,7 @@ fn file_cache(config: &DeviceConfig) -> file::Cache {
 }
 
 /// What it is, in a few words.
-pub(crate) fn describe(config: &DeviceConfig) -> String {
+pub fn describe(config: &DeviceConfig) -> String {
     if let Some(kind) = config.overlay() {
         let own = match (kind, &config.overlay_file) {
             (OverlayKind::Kept, Some(path)) => format!("overlay {}", path.display()),

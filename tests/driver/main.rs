@@ -8,6 +8,7 @@
 
 mod binary;
 mod block_devices;
+mod control;
 mod crash;
 mod disconnect;
 mod dma;
@@ -17,6 +18,7 @@ mod images;
 mod interrupts;
 mod io;
 mod live;
+mod metrics;
 mod nbd;
 mod notifications;
 mod overlay;
@@ -28,7 +30,9 @@ mod requests;
 mod rig;
 mod sandbox;
 mod scale;
+mod service;
 mod storage_faults;
 mod transport;
+mod words;
 mod workers;
 mod workload;

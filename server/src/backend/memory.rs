@@ -3,7 +3,7 @@
 use std::io;
 use std::ptr::{self, NonNull};
 use std::rc::Rc;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use nix::errno::Errno;
 use nix::sys::mman::{MmapAdvise, madvise};
@@ -21,7 +21,7 @@ use super::{Backend, Io, Op, SECTOR, Service, Store, StoreInfo};
 /// All queues copy from and to the same memory without locks. What becomes of ranges that several requests
 /// work on at the same time is up to the guest, as with any disk.
 #[derive(Debug)]
-pub struct MemoryStore(Arc<Blocks>);
+pub struct MemoryStore(Mutex<Arc<Blocks>>);
 
 #[derive(Debug)]
 struct Blocks {
@@ -37,6 +37,32 @@ impl MemoryStore {
     /// # Errors
     /// If there can be none of this size.
     pub fn new(capacity: u64) -> io::Result<Self> {
+        Ok(Self(Mutex::new(Arc::new(Blocks::new(capacity)?))))
+    }
+
+    /// Has the system never put large pages in place of many small ones: memory is then taken by what is written, and not by
+    /// what lies around it.
+    ///
+    /// # Errors
+    /// If the system refuses.
+    pub fn without_huge_pages(self) -> io::Result<Self> {
+        let blocks = Arc::clone(&self.blocks());
+        if let Some(start) = NonNull::new(blocks.region.as_ptr()) {
+            // SAFETY: the whole region; what it holds stays.
+            let advised = unsafe { madvise(start.cast(), blocks.region.size(), MmapAdvise::MADV_NOHUGEPAGE) };
+            // A kernel without large pages does not know the word.
+            advised.or_else(|error| if error == Errno::EINVAL { Ok(()) } else { Err(error) })?;
+        }
+        Ok(self)
+    }
+
+    fn blocks(&self) -> MutexGuard<'_, Arc<Blocks>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Blocks {
+    fn new(capacity: u64) -> io::Result<Self> {
         if capacity == 0 || !capacity.is_multiple_of(SECTOR) {
             let why =
                 format!("a memory store of {capacity} bytes is impossible: it must be a multiple of 512 and not zero");
@@ -49,31 +75,37 @@ impl MemoryStore {
         let region = MmapRegion::build(None, size, libc::PROT_READ | libc::PROT_WRITE, flags)
             .map_err(|error| impossible(&error))?;
         let page = sysconf(SysconfVar::PAGE_SIZE)?.and_then(|page| usize::try_from(page).ok()).unwrap_or(4096);
-        Ok(Self(Arc::new(Blocks { region, page })))
+        Ok(Self { region, page })
     }
 
-    /// Has the system never put large pages in place of many small ones: memory is then taken by what is written, and not by
-    /// what lies around it.
-    ///
-    /// # Errors
-    /// If the system refuses.
-    pub fn without_huge_pages(self) -> io::Result<Self> {
-        if let Some(start) = NonNull::new(self.0.region.as_ptr()) {
-            // SAFETY: the whole region; what it holds stays.
-            let advised = unsafe { madvise(start.cast(), self.0.region.size(), MmapAdvise::MADV_NOHUGEPAGE) };
-            // A kernel without large pages does not know the word.
-            advised.or_else(|error| if error == Errno::EINVAL { Ok(()) } else { Err(error) })?;
+    /// As many of these bytes as fit, and zeroes, in a region of `capacity` bytes. The pages are moved and not copied: nobody
+    /// may use these blocks any more.
+    fn moved_to(&self, capacity: u64) -> io::Result<Self> {
+        let blocks = Self::new(capacity)?;
+        let len = self.region.size().min(blocks.region.size());
+        let flags = libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED | libc::MREMAP_DONTUNMAP;
+        let (from, to) = (self.region.as_ptr(), blocks.region.as_ptr());
+        // SAFETY: both are private anonymous mappings of at least `len` bytes, in whole pages. What is at `to` is new and used
+        // by nobody, and goes; the pages of `from` go there, and `from` stays mapped, with pages of zeroes.
+        let moved = unsafe { libc::mremap(from.cast(), len, len, flags, to) };
+        if moved == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error());
         }
-        Ok(self)
+        // Of a page that the new end cuts, the rest would come back when it grows.
+        let whole = len.next_multiple_of(self.page);
+        // SAFETY: from the end of the region to the end of its last page, which is mapped with it.
+        unsafe { ptr::write_bytes(to.add(len), 0, whole - len) };
+        Ok(blocks)
     }
 }
 
 impl Store for MemoryStore {
     fn info(&self) -> StoreInfo {
+        let blocks = self.blocks();
         StoreInfo {
-            capacity: self.0.region.size() as u64,
+            capacity: blocks.region.size() as u64,
             block_size: SECTOR as u32,
-            physical_block_size: self.0.page as u32,
+            physical_block_size: blocks.page as u32,
             optimal_io_size: 0,
             read_only: false,
             discard: true,
@@ -83,7 +115,7 @@ impl Store for MemoryStore {
 
     /// Needs no ring of the kernel's.
     fn attach(&self, _: &Rc<Uring>) -> io::Result<Box<dyn Backend>> {
-        Ok(Box::new(Immediate::new(&self.0)))
+        Ok(Box::new(Immediate::new(&self.blocks())))
     }
 
     fn flush(&self) -> io::Result<()> {
@@ -96,6 +128,19 @@ impl Store for MemoryStore {
 
     fn service(&self) -> Option<Service> {
         None
+    }
+
+    fn resize(&self, capacity: Option<u64>) -> io::Result<u64> {
+        let mut blocks = self.blocks();
+        let now = blocks.region.size() as u64;
+        let capacity = capacity.unwrap_or(now);
+        if capacity != now {
+            if Arc::strong_count(&blocks) > 1 {
+                return Err(io::Error::new(io::ErrorKind::ResourceBusy, "the memory is in use"));
+            }
+            *blocks = Arc::new(blocks.moved_to(capacity)?);
+        }
+        Ok(capacity)
     }
 }
 
@@ -182,14 +227,40 @@ mod tests {
     fn blocks_take_memory_from_the_first_write_until_they_are_freed() {
         const MIB: u64 = 1 << 20;
         let store = MemoryStore::new(64 * MIB).unwrap();
-        let page = store.0.page as u64;
-        assert_eq!(store.0.resident(), 0);
-        store.0.fill(0, 64 * MIB).unwrap();
-        assert_eq!(store.0.resident() as u64, 64 * MIB);
-        assert_eq!(store.0.free(512, 64 * MIB - 1024).unwrap(), page..64 * MIB - page);
-        assert_eq!(store.0.resident() as u64, 2 * page);
-        assert!(store.0.free(0, 65 * MIB).is_err());
-        assert!(store.0.free(u64::MAX - 511, 1024).is_err());
+        let store = Arc::clone(&store.blocks());
+        let page = store.page as u64;
+        assert_eq!(store.resident(), 0);
+        store.fill(0, 64 * MIB).unwrap();
+        assert_eq!(store.resident() as u64, 64 * MIB);
+        assert_eq!(store.free(512, 64 * MIB - 1024).unwrap(), page..64 * MIB - page);
+        assert_eq!(store.resident() as u64, 2 * page);
+        assert!(store.free(0, 65 * MIB).is_err());
+        assert!(store.free(u64::MAX - 511, 1024).is_err());
+    }
+
+    #[test]
+    fn what_fits_stays_when_the_size_changes() {
+        let store = MemoryStore::new(3 * 4096).unwrap();
+        let byte = |offset: u64| {
+            let mut byte = [1u8];
+            store.blocks().slice(offset, 1).unwrap().copy_to(&mut byte);
+            byte[0]
+        };
+        store.blocks().slice(0, 3 * 4096).unwrap().copy_from(&[7u8; 3 * 4096]);
+        assert_eq!(store.resize(Some(64 << 20)).unwrap(), 64 << 20);
+        assert_eq!((byte(0), byte(3 * 4096 - 1), byte(3 * 4096), byte((64 << 20) - 1)), (7, 7, 0, 0));
+        assert_eq!(store.info().capacity, 64 << 20);
+        // In the middle of a page, and back again.
+        assert_eq!(store.resize(Some(4096 + 512)).unwrap(), 4096 + 512);
+        assert!(store.blocks().slice(4096 + 512, 1).is_err());
+        assert_eq!(store.resize(Some(3 * 4096)).unwrap(), 3 * 4096);
+        assert_eq!((byte(4096 + 511), byte(4096 + 512), byte(2 * 4096 - 1), byte(2 * 4096)), (7, 0, 0, 0));
+        assert_eq!(store.resize(None).unwrap(), 3 * 4096);
+        assert!(store.resize(Some(513)).is_err() && store.resize(Some(0)).is_err());
+        let attached = Arc::clone(&store.blocks());
+        assert_eq!(store.resize(Some(512)).unwrap_err().kind(), io::ErrorKind::ResourceBusy);
+        drop(attached);
+        assert_eq!(store.info().capacity, 3 * 4096);
     }
 
     #[test]

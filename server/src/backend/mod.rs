@@ -150,6 +150,15 @@ pub trait Store: Send + Sync {
 
     /// What it needs a thread of its own for, once: whoever opened the store starts it before queues are attached.
     fn service(&self) -> Option<Service>;
+
+    /// Gives it `capacity` bytes, or as many as the storage below has by now, and says how many these are: a multiple of 512
+    /// and not zero. What lies below is as before; what is new in a store of its own reads as zeroes. Nothing is attached
+    /// meanwhile.
+    ///
+    /// # Errors
+    /// If it cannot have that many ([`Unsupported`](io::ErrorKind::Unsupported) if it cannot change at all); it is as before
+    /// then.
+    fn resize(&self, capacity: Option<u64>) -> io::Result<u64>;
 }
 
 /// Work of a store's that is not done on its users' threads.

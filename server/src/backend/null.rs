@@ -3,6 +3,7 @@
 use std::io;
 use std::rc::Rc;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::immediate::{Execute, Immediate};
 use super::uring::Uring;
@@ -14,7 +15,7 @@ use super::{Backend, Io, SECTOR, Service, Store, StoreInfo};
 /// through the device can be measured.
 #[derive(Debug)]
 pub struct NullStore {
-    capacity: u64,
+    capacity: AtomicU64,
 }
 
 impl NullStore {
@@ -23,19 +24,23 @@ impl NullStore {
     /// # Errors
     /// If there can be none of this size.
     pub fn new(capacity: u64) -> io::Result<Self> {
+        Ok(Self { capacity: Self::possible(capacity)?.into() })
+    }
+
+    fn possible(capacity: u64) -> io::Result<u64> {
         if capacity == 0 || !capacity.is_multiple_of(SECTOR) {
             let why =
                 format!("a null store of {capacity} bytes is impossible: it must be a multiple of 512 and not zero");
             return Err(io::Error::new(io::ErrorKind::InvalidInput, why));
         }
-        Ok(Self { capacity })
+        Ok(capacity)
     }
 }
 
 impl Store for NullStore {
     fn info(&self) -> StoreInfo {
         StoreInfo {
-            capacity: self.capacity,
+            capacity: self.capacity.load(Ordering::Relaxed),
             block_size: SECTOR as u32,
             physical_block_size: SECTOR as u32,
             optimal_io_size: 0,
@@ -60,6 +65,12 @@ impl Store for NullStore {
 
     fn service(&self) -> Option<Service> {
         None
+    }
+
+    fn resize(&self, capacity: Option<u64>) -> io::Result<u64> {
+        let capacity = Self::possible(capacity.unwrap_or(self.capacity.load(Ordering::Relaxed)))?;
+        self.capacity.store(capacity, Ordering::Relaxed);
+        Ok(capacity)
     }
 }
 

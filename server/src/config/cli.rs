@@ -2,9 +2,9 @@
 
 use std::path::PathBuf;
 
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand};
 
-use super::{BenchArgs, DeviceConfig, ServerConfig};
+use super::{BenchArgs, CtlArgs, DeviceConfig, ServerConfig};
 
 /// Virtio block devices for QEMU and other vfio-user clients, served from user space
 #[derive(Debug, Parser)]
@@ -15,6 +15,22 @@ pub struct Cli {
     pub command: Command,
 }
 
+impl Cli {
+    /// The words that are understood.
+    pub fn words() -> clap::Command {
+        // A device needs its socket, here as anywhere; a server with a control socket needs no device.
+        let instead =
+            |socket: clap::Arg| socket.required(false).required_unless_present_any(["config", "control_socket"]);
+        Self::command().mut_subcommand("serve", |serve| serve.mut_arg("socket_path", instead))
+    }
+
+    /// Understands the arguments of this process, or ends it with what is wrong with them.
+    pub fn read() -> Self {
+        Self::from_arg_matches(&Self::words().get_matches())
+            .unwrap_or_else(|error| error.format(&mut Self::words()).exit())
+    }
+}
+
 /// What to do
 #[allow(clippy::large_enum_variant, reason = "there is only one of it")]
 #[derive(Debug, Subcommand)]
@@ -23,6 +39,14 @@ pub enum Command {
     Serve(ServeArgs),
     /// Put a load on a served disk, from user space and without a VM
     Bench(BenchArgs),
+    /// Look at the devices of a running server and change them, by its control socket
+    Ctl(CtlArgs),
+    /// Read a configuration file and say what is wrong with it, or what it describes; opens nothing
+    Check(CheckArgs),
+    /// Print a script that completes this command's words in a shell
+    Completions(CompletionsArgs),
+    /// Print a manual page: vfio-user-blk man serve | man -l -
+    Man(ManArgs),
 }
 
 /// What to serve
@@ -42,24 +66,47 @@ pub struct ServeArgs {
     pub device: Option<DeviceConfig>,
 }
 
+/// What to check
+#[derive(Debug, Args)]
+pub struct CheckArgs {
+    /// TOML file with a [[device]] table for each device
+    #[arg(value_name = "FILE")]
+    pub config: PathBuf,
+}
+
+/// For whom
+#[derive(Debug, Args)]
+pub struct CompletionsArgs {
+    /// The shell
+    #[arg(value_enum)]
+    pub shell: clap_complete::Shell,
+}
+
+/// Which page
+#[derive(Debug, Args)]
+pub struct ManArgs {
+    /// The command that it is of [default: the page that names all]
+    #[arg(value_name = "COMMAND")]
+    pub command: Option<String>,
+}
+
 #[cfg(test)]
 mod tests {
-    use clap::CommandFactory;
-
     use super::*;
     use crate::config::SandboxMode;
 
     #[test]
     fn the_command_line_is_consistent() {
-        Cli::command().debug_assert();
+        Cli::words().debug_assert();
     }
 
     #[test]
     fn a_device_or_a_file_but_not_both() {
         let parse = |arguments: &[&str]| {
-            Cli::try_parse_from(["vfio-user-blk", "serve"].iter().chain(arguments)).map(|cli| match cli.command {
+            let found = Cli::words().try_get_matches_from(["vfio-user-blk", "serve"].iter().chain(arguments))?;
+            Cli::from_arg_matches(&found).map(|cli| match cli.command {
                 Command::Serve(serve) => serve,
-                Command::Bench(_) => panic!("not what was asked for"),
+                _ => panic!("not what was asked for"),
             })
         };
         let device = parse(&["--socket-path", "a", "--size", "64M", "--num-queues", "2"]).unwrap().device.unwrap();
@@ -75,6 +122,11 @@ mod tests {
         assert_eq!(allowed.allow_uids, Some(vec![0, 107]));
         assert!(parse(&["--socket-path", "a", "--socket-mode", "rw"]).is_err());
         assert!(parse(&["--size", "64M"]).is_err(), "a device without a socket");
+        assert!(parse(&["--workers", "2"]).is_err(), "nothing to serve");
+        let none = parse(&["--control-socket", "a", "--control-allow", "b", "--control-allow", "c"]).unwrap();
+        assert!(none.device.is_none() && none.server.control_allow().len() == 2);
+        assert!(parse(&["--control-socket", "a", "--size", "64M"]).is_err(), "a device without a socket");
+        assert!(parse(&["--control-socket", "a", "--socket-path", "b"]).unwrap().device.is_some());
         assert!(parse(&[]).is_err());
         assert!(parse(&["--socket-path", "a", "--size", "big"]).is_err());
     }

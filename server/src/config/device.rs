@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use clap::ValueEnum;
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 
 use super::fault::{FaultConfig, InvalidFault};
 use super::overlay::{InvalidOverlay, OverlayKind};
@@ -18,7 +18,7 @@ const DEFAULT_NUM_QUEUES: u16 = 4;
 const DEFAULT_QUEUE_SIZE: u16 = 256;
 
 /// A device: `serve`'s options, and the keys of a `[[device]]` table.
-#[derive(Clone, Debug, PartialEq, Eq, Deserialize, clap::Args)]
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize, clap::Args)]
 #[serde(deny_unknown_fields)]
 #[group(id = "device")]
 pub struct DeviceConfig {
@@ -163,16 +163,20 @@ pub struct DeviceConfig {
 
     /// What goes wrong with the store, on purpose: `[[device.fault]]` tables of the configuration file
     #[arg(skip)]
-    #[serde(rename = "fault", default)]
+    #[serde(rename = "fault", default, skip_serializing)]
     pub faults: Vec<FaultConfig>,
 
     /// Where the sequence of faults starts: the same operations meet the same faults, time after time [default: 0]
     #[arg(skip)]
     pub fault_seed: Option<u64>,
+
+    /// Name on the control socket and in metrics [default: the path of the socket]
+    #[arg(long)]
+    pub name: Option<String>,
 }
 
 /// Where the blocks live.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, ValueEnum)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize, ValueEnum)]
 #[serde(rename_all = "lowercase")]
 pub enum StoreKind {
     /// An image file or a block device
@@ -197,7 +201,7 @@ impl StoreKind {
 }
 
 /// How a file is cached.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, ValueEnum)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize, ValueEnum)]
 #[serde(rename_all = "lowercase")]
 pub enum Cache {
     /// Past the page cache; writes are durable after a flush
@@ -209,7 +213,7 @@ pub enum Cache {
 }
 
 /// How a worker waits for a device's requests.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, ValueEnum)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize, ValueEnum)]
 #[serde(rename_all = "lowercase")]
 pub enum PollPolicy {
     /// Awake for as long as that has been shown to pay, then asleep
@@ -222,7 +226,7 @@ pub enum PollPolicy {
 }
 
 /// How drivers kick.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, ValueEnum)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize, ValueEnum)]
 #[serde(rename_all = "lowercase")]
 pub enum Doorbell {
     /// By messages, or by eventfds for clients that ask for these
@@ -276,6 +280,9 @@ pub enum InvalidDevice {
     /// A doorbell that wakes nobody, and a worker that sleeps.
     #[error("doorbell = \"mapped\" wakes no worker; it needs poll = \"always\"")]
     MappedDoorbell,
+    /// A name that cannot be one.
+    #[error("name {0:?} must be 1 to 64 letters, digits, and any of . _ - : /")]
+    Name(String),
     /// The size.
     #[error("size is {0}; it must be a multiple of 512 bytes, and more than 0")]
     Size(Size),
@@ -354,6 +361,7 @@ impl DeviceConfig {
             overlay_limit: None,
             faults: Vec::new(),
             fault_seed: None,
+            name: None,
         }
     }
 
@@ -404,6 +412,9 @@ impl DeviceConfig {
         if self.fault_seed.is_some() && self.faults.is_empty() {
             return Err(InvalidDevice::FaultSeedUnused);
         }
+        if let Some(name) = self.name.as_ref().filter(|name| !is_name(name)) {
+            return Err(InvalidDevice::Name(name.clone()));
+        }
         match &self.serial {
             Some(serial) if serial.len() > 20 || !serial.bytes().all(|byte| (b' '..=b'~').contains(&byte)) => {
                 Err(InvalidDevice::Serial(serial.clone()))
@@ -448,6 +459,11 @@ impl DeviceConfig {
     /// The first that makes no sense.
     pub fn limits(&self) -> Result<ClientLimits, InvalidDevice> {
         ClientLimits::of(self)
+    }
+
+    /// Whether its store is opened without threads of its own, and without more system calls than a plain file takes.
+    pub(crate) fn needs_little(&self) -> bool {
+        matches!(self.store_kind(), StoreKind::File | StoreKind::Memory | StoreKind::Null) && self.overlay().is_none()
     }
 
     /// The store that was named, or that follows from the rest.
@@ -508,6 +524,11 @@ impl DeviceConfig {
     pub fn cache(&self) -> Cache {
         self.cache.unwrap_or(Cache::None)
     }
+}
+
+/// Whether it can stand in a log, a table and a label as it is.
+fn is_name(text: &str) -> bool {
+    (1..=64).contains(&text.len()) && text.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"._-:/".contains(&byte))
 }
 
 #[cfg(test)]
@@ -605,6 +626,12 @@ mod tests {
         }
         assert_eq!(check(|device| device.size = Some(Size(0))), Err(InvalidDevice::Size(Size(0))));
         assert_eq!(check(|device| device.size = Some(Size(513))), Err(InvalidDevice::Size(Size(513))));
+        assert_eq!(check(|device| device.name = Some("vm-1/root.0".into())), Ok(()));
+        for name in ["", "two words", "quo\"te", "é", &"x".repeat(65)] {
+            let mut device = DeviceConfig::new("blk.sock");
+            device.name = Some(name.into());
+            assert_eq!(device.check(), Err(InvalidDevice::Name(name.into())));
+        }
         assert_eq!(check(|device| device.serial = Some("12345678901234567890".into())), Ok(()));
         assert!(check(|device| device.serial = Some("123456789012345678901".into())).is_err());
         assert!(check(|device| device.serial = Some("tab\t".into())).is_err());

@@ -4,6 +4,7 @@ use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 
 use super::device::InvalidDevice;
+use super::place;
 use super::server::{InvalidServer, ServerConfig};
 
 /// What is wrong with a configuration.
@@ -27,16 +28,18 @@ pub enum ConfigFileError {
         source: Box<toml::de::Error>,
     },
     /// It names no device.
-    #[error("{path}: there is no device in it; add a [[device]] table with a socket_path")]
+    #[error("{path}: there is no device in it; add a [[device]] table with a socket_path, or a control_socket")]
     NoDevice {
         /// The file.
         path: PathBuf,
     },
     /// A device makes no sense.
-    #[error("{path}: device {number} ({}): {source}", socket_path.display())]
+    #[error("{path}: line {line}: device {number} ({}): {source}", socket_path.display())]
     Device {
         /// The file.
         path: PathBuf,
+        /// Where it is said, from 1.
+        line: usize,
         /// Which [[device]] table, from 1.
         number: usize,
         /// Its socket.
@@ -45,20 +48,24 @@ pub enum ConfigFileError {
         source: InvalidDevice,
     },
     /// Two devices want the same socket.
-    #[error("{path}: device {number} has the socket_path {} of another device", socket_path.display())]
+    #[error("{path}: line {line}: device {number} has the socket_path {} of another device", socket_path.display())]
     SameSocket {
         /// The file.
         path: PathBuf,
+        /// Where it is said, from 1.
+        line: usize,
         /// Which [[device]] table, from 1.
         number: usize,
         /// The socket.
         socket_path: PathBuf,
     },
     /// What is said of the workers makes no sense.
-    #[error("{path}: {source}")]
+    #[error("{path}: line {line}: {source}")]
     Server {
         /// The file.
         path: PathBuf,
+        /// Where it is said, from 1.
+        line: usize,
         /// What is wrong.
         source: InvalidServer,
     },
@@ -83,20 +90,25 @@ impl ServerConfig {
         let path = || path.to_owned();
         let config: Self =
             toml::from_str(text).map_err(|source| ConfigFileError::Parse { path: path(), source: Box::new(source) })?;
-        if config.devices.is_empty() {
+        if config.devices.is_empty() && config.control_socket.is_none() {
             return Err(ConfigFileError::NoDevice { path: path() });
         }
         let mut sockets = HashSet::new();
         for (number, device) in (1..).zip(&config.devices) {
             let socket_path = device.socket_path.clone();
             if let Err(source) = device.check() {
-                return Err(ConfigFileError::Device { path: path(), number, socket_path, source });
+                let line = place::line(text, Some(number), &source.to_string());
+                return Err(ConfigFileError::Device { path: path(), line, number, socket_path, source });
             }
             if !sockets.insert(&device.socket_path) {
-                return Err(ConfigFileError::SameSocket { path: path(), number, socket_path });
+                let line = place::line(text, Some(number), "socket_path");
+                return Err(ConfigFileError::SameSocket { path: path(), line, number, socket_path });
             }
         }
-        config.check().map_err(|source| ConfigFileError::Server { path: path(), source })?;
+        config.check().map_err(|source| {
+            let line = place::line(text, None, &source.to_string());
+            ConfigFileError::Server { path: path(), line, source }
+        })?;
         Ok(config)
     }
 }
@@ -120,6 +132,12 @@ mod tests {
             sqpoll_idle = 5
             sqpoll_cpus = "2-3"
             sandbox = "off"
+            control_socket = "control.sock"
+            control_mode = "0660"
+            control_allow = ["/srv/images"]
+            metrics_address = "127.0.0.1:9100"
+            metrics_remote = true
+            metrics_socket = "metrics.sock"
             [[device]]
             socket_path = "a.sock"
             socket_mode = "0660"
@@ -145,6 +163,7 @@ mod tests {
             max_fds = 20
             max_data_xfer_size = "64K"
             any_memory_file = true
+            name = "root"
             [[device]]
             socket_path = "b.sock"
             size = 1048576
@@ -175,6 +194,7 @@ mod tests {
         first.max_fds = Some(20);
         first.max_data_xfer_size = Some(Size(64 << 10));
         first.any_memory_file = true;
+        first.name = Some("root".into());
         let mut second = DeviceConfig::new("b.sock");
         second.size = Some(Size(1 << 20));
         let expected = ServerConfig {
@@ -184,6 +204,12 @@ mod tests {
             sqpoll_idle: Some(5),
             sqpoll_cpus: Some("2,3".parse().unwrap()),
             sandbox: Some(SandboxMode::Off),
+            control_socket: Some("control.sock".into()),
+            control_mode: Some("0660".parse().unwrap()),
+            control_allow: Some(vec!["/srv/images".into()]),
+            metrics_address: Some("127.0.0.1:9100".parse().unwrap()),
+            metrics_remote: true,
+            metrics_socket: Some("metrics.sock".into()),
             devices: vec![first, second],
         };
         assert_eq!(config, expected);
@@ -193,7 +219,7 @@ mod tests {
     fn errors_name_the_place() {
         for (text, words) in [
             ("", "no device"),
-            ("workers = 0\n[[device]]\nsocket_path = \"a\"", "workers is 0"),
+            ("\nworkers = 0\n[[device]]\nsocket_path = \"a\"", "line 2: workers is 0"),
             ("worker_cpus = [\"0-\"]\n[[device]]\nsocket_path = \"a\"", "such as 0,2,4-7"),
             ("[[device]]", "socket_path"),
             ("[[device]]\nsocket_path = \"a\"\nsise = 1", "sise"),
@@ -203,8 +229,9 @@ mod tests {
             ("[[device]]\nsocket_path = \"a\"\nsocket_mode = \"rw\"", "octal"),
             ("[[device]]\nsocket_path = \"a\"\nsocket_mode = 660", "line 3"),
             ("sandbox = \"of\"\n[[device]]\nsocket_path = \"a\"", "line 1"),
-            ("[[device]]\nsocket_path = \"a\"\nqueue_size = 3", "device 1 (a): queue_size is 3"),
-            ("[[device]]\nsocket_path = \"a\"\n[[device]]\nsocket_path = \"a\"", "device 2"),
+            ("[[device]]\nsocket_path = \"a\"\nqueue_size = 3", "line 3: device 1 (a): queue_size is 3"),
+            ("[[device]]\nsocket_path = \"a\"\n[[device]]\nsocket_path = \"a\"", "line 4: device 2"),
+            ("[[device]]\nsocket_path = \"a\"\nstore = \"file\"", "line 3: device 1 (a): store"),
         ] {
             let error = parse(text).unwrap_err().to_string();
             assert!(error.starts_with("test.toml: ") && error.contains(words), "{text:?} gave {error:?}");

@@ -2,19 +2,22 @@
 
 mod bench;
 mod cli;
+mod ctl;
 mod device;
 mod fault;
 mod file;
 mod limits;
 mod numbers;
 mod overlay;
+mod place;
 mod sandbox;
 mod server;
 mod size;
 mod socket;
 
 pub use bench::{BenchArgs, CompletionMode, Kick, Switch, Workload};
-pub use cli::{Cli, Command, ServeArgs};
+pub use cli::{CheckArgs, Cli, Command, CompletionsArgs, ManArgs, ServeArgs};
+pub use ctl::{CtlArgs, CtlCommand, DEFAULT_CONTROL_SOCKET, DeviceArgs, RemoveArgs, ResizeArgs};
 pub use device::{Cache, DeviceConfig, Doorbell, InvalidDevice, PollPolicy, StoreKind};
 pub use fault::{Decimal, FaultConfig, FaultKind, FaultOn, InvalidFault, Sectors, Wait};
 pub use file::ConfigFileError;

@@ -3,14 +3,14 @@
 use std::fmt;
 use std::str::FromStr;
 
-use serde::{Deserialize, Deserializer, de};
+use serde::{Deserialize, Deserializer, Serialize, de};
 
 /// One more than the largest number, and the most of them: what the kernel's processor masks hold.
 const LIMIT: usize = 1024;
 
 /// A list of processors or workers, which count from 0: `0,2,4-7`, and in a file also `[0, 2, "4-7"]`. Never empty.
 /// Its order counts, and a number may come twice.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct NumberList(Vec<usize>);
 
 /// A list that cannot be understood.

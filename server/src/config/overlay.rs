@@ -3,13 +3,13 @@
 use std::path::Path;
 
 use clap::ValueEnum;
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 
 use super::Size;
 use super::device::{DeviceConfig, StoreKind};
 
 /// Where an overlay has its changes.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, ValueEnum)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize, ValueEnum)]
 #[serde(rename_all = "lowercase")]
 pub enum OverlayKind {
     /// In memory, gone with the server

@@ -1,11 +1,13 @@
 //! A whole server, as the operator describes it.
 
+use std::collections::HashSet;
+use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::thread;
 
 use serde::Deserialize;
 
-use super::{DeviceConfig, NumberList, SandboxMode};
+use super::{DeviceConfig, NumberList, SandboxMode, SocketMode};
 
 /// More than any machine is for.
 const MOST_WORKERS: usize = 1024;
@@ -42,7 +44,33 @@ pub struct ServerConfig {
     #[arg(long, value_enum)]
     pub sandbox: Option<SandboxMode>,
 
-    /// The devices, at least one.
+    /// UNIX socket on which vfio-user-blk ctl, and what speaks JSON-RPC, can look at the devices and change them [default: none]
+    #[arg(long, value_name = "PATH")]
+    pub control_socket: Option<PathBuf>,
+
+    /// Permissions of the control socket, in octal digits [default: 0600]
+    #[arg(long, value_name = "MODE")]
+    pub control_mode: Option<SocketMode>,
+
+    /// File or folder that devices added by the control socket may use: for their images and sockets; to be repeated for more
+    /// [default: none]
+    #[arg(long = "control-allow", value_name = "PATH")]
+    pub control_allow: Option<Vec<PathBuf>>,
+
+    /// TCP address on which Prometheus finds metrics: 127.0.0.1:9100 [default: none]
+    #[arg(long, value_name = "ADDRESS")]
+    pub metrics_address: Option<SocketAddr>,
+
+    /// Whether that may be another than this machine's own: anybody who reaches it can read the metrics [default: false]
+    #[arg(long)]
+    #[serde(default)]
+    pub metrics_remote: bool,
+
+    /// UNIX socket on which metrics are found, for the server's own user [default: none]
+    #[arg(long, value_name = "PATH")]
+    pub metrics_socket: Option<PathBuf>,
+
+    /// The devices, at least one without a control socket.
     #[arg(skip)]
     #[serde(rename = "device", default)]
     pub devices: Vec<DeviceConfig>,
@@ -71,6 +99,15 @@ pub enum InvalidServer {
     /// How long a thread of the kernel's waits awake.
     #[error("sqpoll_idle is {0}; it must be from 1 to 60000 milliseconds")]
     SqpollIdle(u32),
+    /// A detail of a control socket that there is not.
+    #[error("{0} is for a server with a control_socket only; leave it out, or name the socket")]
+    ControlUnused(&'static str),
+    /// An address that others can reach.
+    #[error("metrics_address {0} is not this machine's own (127.0.0.1, ::1): name one that is, or set metrics_remote")]
+    MetricsRemote(SocketAddr),
+    /// Two devices with one name.
+    #[error("two devices have the name {0:?}; give one of them another")]
+    SameName(String),
     /// A queue for a worker that there is not.
     #[error(
         "{}: queue_workers names worker {worker}, but they are numbered from 0 and there are {workers}: \
@@ -94,7 +131,13 @@ impl ServerConfig {
 
     /// Takes from `options` what it says of the workers.
     pub fn override_with(&mut self, options: Self) {
-        let Self { workers, worker_cpus, sqpoll, sqpoll_idle, sqpoll_cpus, sandbox, devices: _ } = options;
+        let Self { workers, worker_cpus, sqpoll, sqpoll_idle, sqpoll_cpus, sandbox, .. } = options;
+        self.control_socket = options.control_socket.or(self.control_socket.take());
+        self.metrics_address = options.metrics_address.or(self.metrics_address);
+        self.metrics_remote |= options.metrics_remote;
+        self.metrics_socket = options.metrics_socket.or(self.metrics_socket.take());
+        self.control_mode = options.control_mode.or(self.control_mode);
+        self.control_allow = options.control_allow.or(self.control_allow.take());
         self.workers = workers.or(self.workers);
         self.worker_cpus = worker_cpus.or(self.worker_cpus.take());
         self.sqpoll |= sqpoll;
@@ -127,6 +170,23 @@ impl ServerConfig {
         if !(1..=60_000).contains(&self.sqpoll_idle()) {
             return Err(InvalidServer::SqpollIdle(self.sqpoll_idle()));
         }
+        if self.control_socket.is_none() && self.control_mode.is_some() {
+            return Err(InvalidServer::ControlUnused("control_mode"));
+        }
+        if self.control_socket.is_none() && self.control_allow.is_some() {
+            return Err(InvalidServer::ControlUnused("control_allow"));
+        }
+        if let Some(address) =
+            self.metrics_address.filter(|address| !address.ip().is_loopback() && !self.metrics_remote)
+        {
+            return Err(InvalidServer::MetricsRemote(address));
+        }
+        let mut names = HashSet::new();
+        for name in self.devices.iter().filter_map(|device| device.name.as_ref()) {
+            if !names.insert(name) {
+                return Err(InvalidServer::SameName(name.clone()));
+            }
+        }
         for device in &self.devices {
             let pinned = device.queue_workers.iter().flat_map(NumberList::as_slice);
             if let Some(worker) = pinned.copied().find(|worker| *worker >= workers) {
@@ -135,6 +195,11 @@ impl ServerConfig {
             }
         }
         Ok(())
+    }
+
+    /// What devices that are added later may use of the file system.
+    pub fn control_allow(&self) -> &[PathBuf] {
+        self.control_allow.as_deref().unwrap_or_default()
     }
 
     /// Threads that serve the queues.
@@ -181,6 +246,20 @@ mod tests {
         assert_eq!(check(|config| config.workers = Some(0)), Err(InvalidServer::Workers(0)));
         assert_eq!(check(|config| config.workers = Some(1025)), Err(InvalidServer::Workers(1025)));
         assert_eq!(check(|config| config.sqpoll_idle = Some(5)), Err(InvalidServer::SqpollUnused("sqpoll_idle")));
+        let unused = check(|config| config.control_mode = Some("0600".parse().unwrap()));
+        assert_eq!(unused, Err(InvalidServer::ControlUnused("control_mode")));
+        let unused = check(|config| config.control_allow = Some(vec![]));
+        assert_eq!(unused, Err(InvalidServer::ControlUnused("control_allow")));
+        let address = "10.0.0.1:9100".parse().unwrap();
+        let remote = ServerConfig { workers: Some(2), metrics_address: Some(address), ..ServerConfig::default() };
+        assert_eq!(remote.check(), Err(InvalidServer::MetricsRemote(address)));
+        assert_eq!(ServerConfig { metrics_remote: true, ..remote }.check(), Ok(()));
+        assert_eq!(check(|config| config.metrics_address = Some("[::1]:0".parse().unwrap())), Ok(()));
+        let twins = check(|config| {
+            config.devices.push(DeviceConfig::new("b.sock"));
+            config.devices.iter_mut().for_each(|device| device.name = Some("twin".into()));
+        });
+        assert_eq!(twins, Err(InvalidServer::SameName("twin".into())));
         assert_eq!(check(|config| config.sqpoll_cpus = list("0,1")), Err(InvalidServer::SqpollUnused("sqpoll_cpus")));
         let polled = |change: fn(&mut ServerConfig)| {
             let mut config = ServerConfig { workers: Some(2), sqpoll: true, ..ServerConfig::default() };

@@ -3,11 +3,11 @@
 use std::fmt;
 use std::str::FromStr;
 
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 
 /// The permissions of a socket, as chmod's octal digits: `0660`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
-#[serde(try_from = "String")]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(try_from = "String", into = "String")]
 pub struct SocketMode(u32);
 
 /// Why a word is no [`SocketMode`].
@@ -18,6 +18,9 @@ pub struct SocketModeError(String);
 impl SocketMode {
     /// For the owner and the group: what a socket with a group has if nothing else is said.
     pub(crate) const GROUP: Self = Self(0o660);
+
+    /// For the owner alone.
+    pub(crate) const OWNER: Self = Self(0o600);
 
     /// The permission bits.
     pub(crate) fn bits(self) -> u32 {
@@ -40,6 +43,12 @@ impl TryFrom<String> for SocketMode {
 
     fn try_from(text: String) -> Result<Self, SocketModeError> {
         text.parse()
+    }
+}
+
+impl From<SocketMode> for String {
+    fn from(mode: SocketMode) -> Self {
+        mode.to_string()
     }
 }
 

@@ -4,7 +4,8 @@
 //! here takes that back. What it takes is the rest of the machine: other files, programs, processes, the network.
 //!
 //! - [`syscalls`]: which system calls each kind of thread makes; [`seccomp`] has the kernel hold it to them.
-//! - [`filesystem`]: no file can be opened, and none removed but in the folders of the sockets.
+//! - [`filesystem`]: no file can be opened, and none removed but in the folders of the sockets; where devices may be added, the
+//!   thread that does it can open what the operator has named for that.
 //! - [`privileges`]: no capability is left, and none comes back.
 //!
 //! Each thread enters by itself, since the kernel keeps all of this by thread; so a process that has a [`Server`](crate::Server)
@@ -20,7 +21,7 @@ mod syscalls;
 mod tests;
 
 use std::error::Error;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::thread;
 
@@ -42,10 +43,15 @@ pub(crate) enum ThreadKind {
     Store,
     /// Connects to the server of a store.
     Connector,
+    /// Serves operators, see [`control`](crate::control): opens devices, and starts the sessions that serve them.
+    Control,
+    /// Tells of what the others have done, see [`metrics`](crate::metrics).
+    Metrics,
 }
 
 impl ThreadKind {
-    const ALL: [Self; 5] = [Self::Main, Self::Session, Self::Worker, Self::Store, Self::Connector];
+    const ALL: [Self; 7] =
+        [Self::Main, Self::Session, Self::Worker, Self::Store, Self::Connector, Self::Control, Self::Metrics];
 }
 
 /// A part of the sandbox that the kernel has and that cannot be set up all the same.
@@ -72,6 +78,8 @@ struct Parts {
     files: Files,
     /// The same for threads that connect to servers.
     connecting: Files,
+    /// Those of [`ThreadKind::Control`].
+    control_files: Files,
     /// `None` if the kernel has no seccomp.
     filters: Option<Filters>,
 }
@@ -81,13 +89,33 @@ impl Sandbox {
     ///
     /// # Errors
     /// If a thread that tries it cannot enter.
+    #[cfg(test)]
     pub(crate) fn new(mode: SandboxMode, folders: &[&Path], ports: &[u16]) -> Result<Self, SandboxError> {
+        Self::with_control(mode, folders, ports, &[])
+    }
+
+    /// As [`new`](Self::new), where operators may have devices added that use what is below `allowed`.
+    ///
+    /// # Errors
+    /// If a thread that tries it cannot enter, or something that is allowed does not exist.
+    pub(crate) fn with_control(
+        mode: SandboxMode,
+        folders: &[&Path],
+        ports: &[u16],
+        allowed: &[PathBuf],
+    ) -> Result<Self, SandboxError> {
         if mode == SandboxMode::Off {
             log::info!("sandbox: off");
             return Ok(Self(None));
         }
-        let mut parts =
-            Parts { files: Files::new(folders, &[])?, connecting: Files::new(&[], ports)?, filters: Filters::new()? };
+        // The socket of a device that is added goes with it.
+        let folders: Vec<_> = folders.iter().copied().chain(allowed.iter().map(PathBuf::as_path)).collect();
+        let mut parts = Parts {
+            files: Files::new(&folders, &[])?,
+            connecting: Files::new(&[], ports)?,
+            control_files: Files::for_control(&folders, allowed)?,
+            filters: Filters::new()?,
+        };
         // What a kernel has, what it was booted with, and what a container lets through of it: it is learnt by trying.
         if !parts.tried(|parts| parts.filter(ThreadKind::Main))? {
             parts.filters = None;
@@ -110,6 +138,11 @@ impl Sandbox {
         let landlock = landlock.map(|abi| format!("landlock (ABI {abi}), ")).unwrap_or_default();
         log::info!("sandbox: on: {seccomp}{landlock}no capabilities, no new privileges");
         Ok(Self(Some(Arc::new(parts))))
+    }
+
+    /// Whether it takes anything.
+    pub(crate) fn is_on(&self) -> bool {
+        self.0.is_some()
     }
 
     /// Puts the calling thread in, which is to do nothing but wait from now on. Where that fails, although it went well
@@ -140,8 +173,11 @@ impl Parts {
     }
 
     fn enter(&self, kind: ThreadKind) -> Result<(), SandboxError> {
-        let files = if kind == ThreadKind::Connector { &self.connecting } else { &self.files };
-        files.restrict()?;
+        match kind {
+            ThreadKind::Control => self.control_files.restrict()?,
+            ThreadKind::Connector => self.connecting.restrict()?,
+            _ => self.files.restrict()?,
+        };
         privileges::drop_all()?;
         // The last: what was done so far is not among the calls that it leaves.
         self.filter(kind).map(drop)

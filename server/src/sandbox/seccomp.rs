@@ -31,6 +31,8 @@ pub(super) struct Filters {
     worker: Filter,
     store: Filter,
     connector: Filter,
+    control: Filter,
+    metrics: Filter,
 }
 
 impl Filters {
@@ -44,6 +46,8 @@ impl Filters {
             worker: filter(ThreadKind::Worker)?,
             store: filter(ThreadKind::Store)?,
             connector: filter(ThreadKind::Connector)?,
+            control: filter(ThreadKind::Control)?,
+            metrics: filter(ThreadKind::Metrics)?,
         }))
     }
 
@@ -55,6 +59,8 @@ impl Filters {
             ThreadKind::Worker => &self.worker,
             ThreadKind::Store => &self.store,
             ThreadKind::Connector => &self.connector,
+            ThreadKind::Control => &self.control,
+            ThreadKind::Metrics => &self.metrics,
         };
         // In this order: the killing one leaves no way to add another.
         for program in [&filter.refusing, &filter.killing] {
@@ -76,7 +82,14 @@ fn is_missing(error: &io::Error) -> bool {
 impl Filter {
     fn new(kind: ThreadKind, arch: TargetArch) -> Result<Self, BackendError> {
         let mut refused: BTreeMap<_, _> = syscalls::refused(kind).map(|call| (call, Vec::new())).collect();
-        refused.insert(libc::SYS_prctl, vec![but_no_new_privileges()?]);
+        // A thread that starts others has these enter by themselves.
+        if kind != ThreadKind::Control {
+            refused.insert(libc::SYS_prctl, vec![but_no_new_privileges()?]);
+        } else {
+            refused.insert(libc::SYS_socket, vec![but_unix_sockets()?]);
+            // What a ring does is seen by nobody. Workers have theirs.
+            refused.insert(libc::SYS_io_uring_setup, Vec::new());
+        }
         let mut spared: BTreeMap<_, _> = refused.keys().map(|call| (*call, Vec::new())).collect();
         for (call, argument) in syscalls::allowed(kind) {
             spared.insert(call, argument.map_or(Ok(Vec::new()), rules)?);
@@ -87,6 +100,12 @@ impl Filter {
             killing: SeccompFilter::new(spared, SeccompAction::KillProcess, SeccompAction::Allow, arch)?.try_into()?,
         })
     }
+}
+
+/// Any `socket` but those in the file system: a store over a network that is added finds an error, and the process lives.
+fn but_unix_sockets() -> Result<SeccompRule, BackendError> {
+    let allowed = u64::from(libc::AF_UNIX.unsigned_abs());
+    SeccompRule::new(vec![SeccompCondition::new(0, SeccompCmpArgLen::Dword, SeccompCmpOp::Ne, allowed)?])
 }
 
 /// Any `prctl` but the one that the second program of a filter is applied with.

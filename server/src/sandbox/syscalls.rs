@@ -89,6 +89,52 @@ const SESSION: &[c_long] = &[
     SYS_unlinkat,
     #[cfg(target_arch = "x86_64")]
     SYS_unlink,
+    // A store that gets another size.
+    SYS_lseek,
+    SYS_ftruncate,
+];
+
+/// What a session makes, since it starts those of devices that are added; and what opens a device, makes its socket, starts a
+/// thread and has it enter.
+const CONTROL: &[c_long] = &[
+    SYS_clone3,
+    SYS_clone,
+    SYS_set_robust_list,
+    SYS_rseq,
+    SYS_prctl,
+    SYS_capget,
+    SYS_capset,
+    SYS_seccomp,
+    SYS_landlock_restrict_self,
+    SYS_openat,
+    SYS_pread64,
+    SYS_fallocate,
+    SYS_fadvise64,
+    SYS_getcwd,
+    SYS_socket,
+    SYS_bind,
+    SYS_listen,
+    SYS_connect,
+    SYS_fchmodat,
+    SYS_fchownat,
+    #[cfg(target_arch = "x86_64")]
+    SYS_chmod,
+    #[cfg(target_arch = "x86_64")]
+    SYS_lchown,
+    SYS_recvfrom,
+];
+
+/// At the end its socket is removed.
+const METRICS: &[c_long] = &[
+    SYS_accept4,
+    SYS_recvfrom,
+    SYS_getsockopt,
+    SYS_ioctl,
+    SYS_newfstatat,
+    SYS_statx,
+    SYS_unlinkat,
+    #[cfg(target_arch = "x86_64")]
+    SYS_unlink,
 ];
 
 /// Neither `io_uring_setup` nor anything that stores need to be opened: a worker's ring is made before.
@@ -148,8 +194,9 @@ const FCNTLS: &[c_int] = &[
     F_DUPFD_CLOEXEC,
     F_GET_SEALS,
     F_ADD_SEALS,
-    // A store that is let go of is unlocked.
+    // A store that is let go of is unlocked, one that is added is locked.
     F_OFD_SETLK,
+    F_OFD_GETLK,
 ];
 
 /// What an argument must be.
@@ -171,8 +218,11 @@ pub(super) fn allowed(kind: ThreadKind) -> impl Iterator<Item = (c_long, Option<
         ThreadKind::Worker => WORKER,
         ThreadKind::Store => STORE,
         ThreadKind::Connector => CONNECTOR,
+        ThreadKind::Control => CONTROL,
+        ThreadKind::Metrics => METRICS,
     };
-    ANY.iter().chain(own).map(|call| (*call, argument(*call)))
+    let inherited = if kind == ThreadKind::Control { SESSION } else { &[] };
+    ANY.iter().chain(own).chain(inherited).map(|call| (*call, argument(*call)))
 }
 
 /// What a kind of thread is refused, and takes no harm.

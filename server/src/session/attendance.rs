@@ -21,8 +21,8 @@ use super::data_path::DataPath;
 use super::dma::ClientMemory;
 use super::irqs::{self, EventLine, Watch};
 use super::watcher::{Source, Watcher};
-use super::{DRAIN_LIMIT, Events, negotiation};
-use crate::device::Device;
+use super::{DRAIN_LIMIT, Events, OrderError, negotiation};
+use crate::device::{Device, StillBusy};
 use crate::worker::Pool;
 
 /// A client's time with a device.
@@ -367,6 +367,23 @@ impl<'a> Attendance<'a> {
         });
         if !self.unsettled.is_empty() {
             self.log.debug(format_args!("a reset waits for requests in flight"));
+        }
+    }
+
+    pub(super) fn device(&mut self) -> &mut Device {
+        self.device
+    }
+
+    /// Stops all queues and waits for what they have in flight.
+    pub(super) fn rest(&mut self, deadline: Instant) -> Result<(), OrderError> {
+        self.settle_until(deadline);
+        self.data_path.stop_all(deadline).map_err(|StillBusy| OrderError::Busy)
+    }
+
+    /// Starts the queues that an order had stopped.
+    pub(super) fn start_again(&mut self) {
+        if self.unsettled.is_empty() && self.device.function.is_running() {
+            self.act(Effect::Start);
         }
     }
 

@@ -42,12 +42,12 @@ impl DataPath {
         Ok(())
     }
 
-    /// Starts a queue, if it is enabled and does not run.
+    /// Starts a queue, if it is enabled and does not run, and the device is not paused.
     pub(super) fn start(&mut self, device: &Device, index: u16) -> Result<(), StartError> {
         let (Some(slot), Some(setup)) = (self.queues.get_mut(usize::from(index)), device.function.queue(index)) else {
             return Ok(());
         };
-        if !setup.enabled {
+        if !setup.enabled || device.paused {
             return Ok(());
         }
         slot.rest(Instant::now() + DRAIN_LIMIT)?;

@@ -13,10 +13,13 @@ mod dma;
 mod events;
 mod irqs;
 mod negotiation;
+mod obedience;
+mod orders;
 mod signal;
 mod watcher;
 
 use std::error::Error;
+use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -25,12 +28,15 @@ use vfio_user::{Connection, ConnectionError, Limits, Received, Request};
 
 use crate::config::ClientLimits;
 use crate::device::Device;
-use crate::listener::Listener;
+use crate::listener::{Arrival, Listener};
+use crate::status::Peer;
 use crate::worker::Pool;
 use attendance::Attendance;
 use client_log::ClientLog;
 use events::Event;
 pub(crate) use events::Events;
+use obedience::{Obey, Obeyed};
+pub(crate) use orders::{Operator, Order, OrderError, Orders, orders};
 pub(crate) use watcher::Stop;
 use watcher::{Source, Watcher};
 
@@ -48,37 +54,47 @@ pub(crate) struct Session {
     listener: Listener,
     pool: Arc<Pool>,
     stop: Arc<Stop>,
+    orders: Orders,
 }
 
 /// Why a session with one client ended.
 enum End {
     /// The client went, or had to go.
     Client,
-    /// The server stops.
-    Server,
+    /// The server stops, or the device is removed from it.
+    Service,
 }
 
 impl Session {
-    pub(crate) fn new(device: Device, listener: Listener, pool: Arc<Pool>, stop: Arc<Stop>) -> Self {
-        Self { log: ClientLog::new(listener.path().display()), device, listener, pool, stop }
+    pub(crate) fn new(device: Device, listener: Listener, pool: Arc<Pool>, stop: Arc<Stop>, orders: Orders) -> Self {
+        Self { log: ClientLog::new(listener.path().display()), device, listener, pool, stop, orders }
     }
 
-    /// Serves one client after the other until the server stops; then everything that was completed is on stable storage.
+    /// Serves one client after the other until the service ends; then everything that was completed is on stable storage.
     ///
     /// # Errors
     /// If no client can be listened for, or the storage fails at the end.
     pub(crate) fn run(mut self) -> std::io::Result<()> {
         loop {
-            let Some(stream) = self.listener.accept(&self.stop)? else { break };
+            let stream = match self.listener.accept([self.stop.as_fd(), self.orders.as_fd()])? {
+                Arrival::Client(stream) => stream,
+                Arrival::Woken(1) => match self.device.obey(&self.orders) {
+                    Obeyed::GoOn => continue,
+                    Obeyed::Removed => break,
+                },
+                Arrival::Woken(_) => break,
+            };
             self.log.info(format_args!("a client has connected"));
+            self.device.status.update(|status| status.client = Peer::of(&stream));
             // What the system refuses, for want of descriptors perhaps, it refuses this client; the next may have more luck.
             let end = self.attend(stream).unwrap_or_else(|error| {
                 self.log.error(format_args!("the client cannot be served: {error}"));
                 End::Client
             });
+            self.device.status.update(|status| status.client = None);
             match end {
                 End::Client => self.log.info(format_args!("the client has gone; waiting for the next")),
-                End::Server => break,
+                End::Service => break,
             }
         }
         self.device.service.flush()
@@ -88,11 +104,11 @@ impl Session {
     fn attend(&mut self, stream: UnixStream) -> Result<End, Box<dyn Error>> {
         let mut connection = Connection::new(stream, message_limits(&self.device.limits))?;
         let events = Arc::new(Events::new()?);
-        let watcher = Watcher::new(&connection, &events, &self.stop)?;
+        let watcher = Watcher::new(&connection, &events, &self.stop, &self.orders)?;
         let mut attendance =
             Attendance::new(&self.log, &mut self.device, Arc::clone(&self.pool), Arc::clone(&events), watcher);
         let end = loop {
-            match serve_once(&self.log, &mut connection, &mut attendance, &events) {
+            match serve_once(&self.log, &mut connection, &mut attendance, &events, &self.orders) {
                 Ok(None) => {}
                 Ok(Some(end)) => break end,
                 Err(error) => {
@@ -123,6 +139,7 @@ fn serve_once(
     connection: &mut Connection,
     attendance: &mut Attendance<'_>,
     events: &Events,
+    orders: &Orders,
 ) -> Result<Option<End>, ConnectionError> {
     // A client that does not read its replies is not read from either.
     let sources = attendance
@@ -139,7 +156,12 @@ fn serve_once(
     }
     for source in sources {
         match source {
-            Source::Stop => return Ok(Some(End::Server)),
+            Source::Stop => return Ok(Some(End::Service)),
+            Source::Orders => {
+                if attendance.obey(orders) == Obeyed::Removed {
+                    return Ok(Some(End::Service));
+                }
+            }
             Source::Socket => {
                 connection.sender.flush()?;
                 if let Some(end) = receive(log, connection, attendance)? {

@@ -8,13 +8,15 @@ use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTime
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use vfio_user::Connection;
 
-use super::Events;
+use super::{Events, Orders};
 
 /// Who has something for the session.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Source {
     /// The server is to stop.
     Stop,
+    /// An operator.
+    Orders,
     /// The client's socket.
     Socket,
     /// A worker.
@@ -40,6 +42,7 @@ impl Source {
             Self::MaskIntx => 3,
             Self::UnmaskIntx => 4,
             Self::MemoryLost => 5,
+            Self::Orders => 6,
             Self::Doorbell(queue) => Self::DOORBELLS | u64::from(queue),
         }
     }
@@ -52,6 +55,7 @@ impl Source {
             3 => Self::MaskIntx,
             4 => Self::UnmaskIntx,
             5 => Self::MemoryLost,
+            6 => Self::Orders,
             _ => Self::Doorbell(u16::try_from(data ^ Self::DOORBELLS).ok()?),
         })
     }
@@ -88,9 +92,10 @@ pub(super) struct Watcher {
 }
 
 impl Watcher {
-    pub(super) fn new(connection: &Connection, events: &Events, stop: &Stop) -> io::Result<Self> {
+    pub(super) fn new(connection: &Connection, events: &Events, stop: &Stop, orders: &Orders) -> io::Result<Self> {
         let watcher = Self { epoll: Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?, output: false };
         watcher.add(stop.as_fd(), Source::Stop)?;
+        watcher.add(orders.as_fd(), Source::Orders)?;
         watcher.add(connection.as_fd(), Source::Socket)?;
         watcher.add(events.fd(), Source::Events)?;
         watcher.add(events.loss().as_fd(), Source::MemoryLost)?;

@@ -116,7 +116,12 @@ impl SharedConfig {
         }
     }
 
-    /// What the device was made with.
+    /// Changes the number of sectors, which drivers read anew when they are told that the configuration changed (§5.2.5.2).
+    pub fn set_capacity(&self, sectors: u64) {
+        self.capacity.store(sectors, Ordering::Relaxed);
+    }
+
+    /// What the device was made with, which was its capacity then.
     pub fn config(&self) -> &BlockConfig {
         &self.config
     }
@@ -280,6 +285,15 @@ mod tests {
         for ((offset, len), value) in fields {
             assert_eq!(read(offset, len), value, "offset {offset}");
         }
+    }
+
+    #[test]
+    fn requests_and_drivers_see_a_new_capacity() {
+        let device = BlockDevice::new(config());
+        device.shared().set_capacity(0x1_0000_0001);
+        let mut bytes = [0; 8];
+        device.read_config(0, &mut bytes);
+        assert_eq!((u64::from_le_bytes(bytes), device.shared().limits().capacity), (0x1_0000_0001, 0x1_0000_0001));
     }
 
     #[test]

@@ -130,6 +130,10 @@ impl Store for FaultyStore {
     fn service(&self) -> Option<Service> {
         self.inner.service()
     }
+
+    fn resize(&self, capacity: Option<u64>) -> io::Result<u64> {
+        self.inner.resize(capacity)
+    }
 }
 
 /// What is to become of one operation, once it has waited.

@@ -17,6 +17,7 @@
 mod error;
 mod geometry;
 mod open;
+mod resize;
 mod transfer;
 
 use std::fs::File;
@@ -24,7 +25,7 @@ use std::io;
 use std::path::PathBuf;
 use std::rc::Rc;
 use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, AtomicU64};
 
 pub use error::{OpenError, OpenFailure};
 pub(super) use geometry::{Alignment, Device, MAX_ALIGNMENT, Page};
@@ -86,6 +87,8 @@ struct Opened {
     no_punch_hole: AtomicBool,
     /// Whether the file has said that it cannot zero bytes.
     no_zero_range: AtomicBool,
+    /// Bytes; those of `info` are what it had when it was opened.
+    capacity: AtomicU64,
     /// Held against others that use the file.
     _lock: Option<FileLock>,
 }
@@ -132,7 +135,7 @@ impl FileStore {
 
 impl Store for FileStore {
     fn info(&self) -> StoreInfo {
-        self.0.info.clone()
+        StoreInfo { capacity: self.0.capacity(), ..self.0.info.clone() }
     }
 
     fn attach(&self, ring: &Rc<Uring>) -> io::Result<Box<dyn Backend>> {
@@ -152,6 +155,10 @@ impl Store for FileStore {
 
     fn service(&self) -> Option<Service> {
         None
+    }
+
+    fn resize(&self, capacity: Option<u64>) -> io::Result<u64> {
+        self.0.resize(capacity)
     }
 }
 

@@ -4,7 +4,7 @@ use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::Path;
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, AtomicU64};
 
 use nix::fcntl::{FallocateFlags, PosixFadviseAdvice, fallocate, posix_fadvise};
 
@@ -76,7 +76,19 @@ impl Opened {
         let (no_punch_hole, no_zero_range) = (AtomicBool::new(!frees), AtomicBool::new(false));
         let no_discard = AtomicBool::new(!discards);
         let (fixed_buffers, iopoll) = (options.fixed_buffers, options.iopoll);
-        Ok(Self { file, direct, info, fixed_buffers, iopoll, no_discard, no_punch_hole, no_zero_range, _lock: lock })
+        let capacity = AtomicU64::new(capacity);
+        Ok(Self {
+            file,
+            direct,
+            info,
+            fixed_buffers,
+            iopoll,
+            no_discard,
+            no_punch_hole,
+            no_zero_range,
+            capacity,
+            _lock: lock,
+        })
     }
 }
 

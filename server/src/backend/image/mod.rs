@@ -159,6 +159,10 @@ impl Store for ImageStore {
     fn service(&self) -> Option<Service> {
         None
     }
+
+    fn resize(&self, _: Option<u64>) -> io::Result<u64> {
+        Err(io::ErrorKind::Unsupported.into())
+    }
 }
 
 /// An image, on its threads.

@@ -165,4 +165,8 @@ impl Store for NbdStore {
         };
         Some(Service { ports, run: Box::new(move || attendant.run()) })
     }
+
+    fn resize(&self, _: Option<u64>) -> io::Result<u64> {
+        Err(io::ErrorKind::Unsupported.into())
+    }
 }

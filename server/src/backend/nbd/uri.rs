@@ -4,7 +4,7 @@ use std::fmt;
 use std::path::PathBuf;
 use std::str::FromStr;
 
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 
 /// The port that has been assigned to NBD.
 const DEFAULT_PORT: u16 = 10809;
@@ -13,8 +13,8 @@ const MAX_EXPORT: usize = 4096;
 
 /// Where an export is: `nbd://HOST[:PORT]/EXPORT` or `nbd+unix:///EXPORT?socket=PATH`, with `nbds` in place of `nbd` for
 /// TLS. Export and path may be percent-encoded.
-#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
-#[serde(try_from = "String")]
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(try_from = "String", into = "String")]
 pub struct NbdUri {
     text: String,
     pub(super) address: Address,
@@ -73,6 +73,12 @@ impl NbdUri {
 impl fmt::Display for NbdUri {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.text)
+    }
+}
+
+impl From<NbdUri> for String {
+    fn from(uri: NbdUri) -> Self {
+        uri.text
     }
 }
 

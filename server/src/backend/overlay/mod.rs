@@ -174,6 +174,10 @@ impl Store for OverlayStore {
     fn service(&self) -> Option<Service> {
         None
     }
+
+    fn resize(&self, _: Option<u64>) -> io::Result<u64> {
+        Err(io::ErrorKind::Unsupported.into())
+    }
 }
 
 fn file_options(path: &Path, cache: Cache, size: Option<u64>) -> FileOptions {

@@ -1,0 +1,279 @@
+//! The devices that a server has, which may come and go while it runs.
+
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+use std::{io, iter};
+
+use crossbeam::channel::{Receiver, RecvTimeoutError, bounded};
+
+use crate::backend::Store;
+use crate::config::{DeviceConfig, InvalidServer, ServerConfig};
+use crate::listener::Listener;
+use crate::metrics::{DeviceMetrics, Statistics};
+use crate::sandbox::{Entrance, Sandbox, ThreadKind};
+use crate::server::{OpenError, Opened, ServeError, open_device, start_service};
+use crate::session::{Operator, Order, OrderError, Session, Stop, orders};
+use crate::status::{SharedStatus, Status};
+use crate::store::Bases;
+use crate::worker::Pool;
+
+/// A session's stack: it recurses nowhere, and there may be a thousand.
+const SESSION_STACK: usize = 256 << 10;
+/// How long a device that is removed may take to write what it has completed to its storage before that goes on without us.
+const FLUSH_PATIENCE: Duration = Duration::from_secs(30);
+
+/// Why a device cannot be added to a running server.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum AddError {
+    /// It makes no sense, or something that it needs cannot be had.
+    #[error(transparent)]
+    Open(#[from] OpenError),
+    /// It makes no sense here.
+    #[error(transparent)]
+    Server(#[from] InvalidServer),
+    /// Another one has its name.
+    #[error("there is a device {0} already; give this one another name")]
+    Exists(String),
+    /// The workers' rings were made without.
+    #[error("iopoll needs workers with polled rings; start the server with a device that has iopoll")]
+    NoPolledRings,
+    /// To open its store takes more than the sandbox leaves.
+    #[error(
+        "only plain files, memory and null can be added in the sandbox; name this device in the configuration, or start the \
+         server with --sandbox off"
+    )]
+    Sandboxed,
+}
+
+/// The devices, and what all of them share.
+pub(crate) struct Devices {
+    served: Mutex<Vec<Served>>,
+    /// Held by who adds: opening a store takes time, and nobody else needs to wait for it.
+    adding: Mutex<()>,
+    pool: Arc<Pool>,
+    stop: Arc<Stop>,
+    sandbox: Sandbox,
+    entrance: Entrance,
+    workers: usize,
+    iopoll: bool,
+}
+
+/// A device as others than its session see it.
+#[derive(Clone)]
+pub(crate) struct Handle {
+    /// Its name among the devices of the server.
+    pub(crate) name: String,
+    /// Its socket, from the root.
+    pub(crate) socket_path: PathBuf,
+    /// What it is, in a few words.
+    pub(crate) description: String,
+    /// Its request queues.
+    pub(crate) num_queues: u16,
+    pub(crate) read_only: bool,
+    /// What its queues have done.
+    pub(crate) metrics: Arc<DeviceMetrics>,
+    /// What they had done when an operator had them counted anew.
+    baseline: Arc<Mutex<Vec<Statistics>>>,
+    operator: Operator,
+    status: Arc<SharedStatus>,
+    /// Its session's, on whose thread it is closed.
+    store: Weak<dyn Store>,
+}
+
+impl Handle {
+    /// How it is now.
+    pub(crate) fn status(&self) -> Status {
+        self.status.get()
+    }
+
+    /// What each queue has done since it was last asked to count anew.
+    pub(crate) fn statistics(&self) -> Vec<Statistics> {
+        let baseline = self.baseline.lock().unwrap_or_else(PoisonError::into_inner);
+        let before = baseline.iter().cloned().chain(iter::repeat_with(Statistics::default));
+        self.metrics.read().iter().zip(before).map(|(now, before)| now.since(&before)).collect()
+    }
+
+    /// Counts anew from now on. What Prometheus sees goes on.
+    pub(crate) fn reset_statistics(&self) {
+        *self.baseline.lock().unwrap_or_else(PoisonError::into_inner) = self.metrics.read();
+    }
+
+    /// Has its session do something; says how many bytes it has then.
+    pub(crate) fn order(&self, order: Order) -> Result<u64, OrderError> {
+        self.operator.order(order)
+    }
+
+    /// Puts what it has completed on stable storage, and waits for that.
+    pub(crate) fn flush(&self) -> io::Result<()> {
+        self.store.upgrade().map_or(Ok(()), |store| store.flush())
+    }
+}
+
+struct Served {
+    handle: Handle,
+    thread: JoinHandle<io::Result<()>>,
+    /// Disconnected when the session has ended.
+    ended: Receiver<()>,
+}
+
+impl Devices {
+    /// None yet.
+    pub(crate) fn new(
+        config: &ServerConfig,
+        pool: Pool,
+        stop: Arc<Stop>,
+        sandbox: Sandbox,
+        entrance: Entrance,
+    ) -> Self {
+        Self {
+            served: Mutex::default(),
+            adding: Mutex::default(),
+            pool: Arc::new(pool),
+            stop,
+            sandbox,
+            entrance,
+            workers: config.workers(),
+            iopoll: config.devices.iter().any(|device| device.iopoll),
+        }
+    }
+
+    fn served(&self) -> MutexGuard<'_, Vec<Served>> {
+        self.served.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Serves a device from now on.
+    ///
+    /// # Errors
+    /// If there can be no thread for it.
+    pub(crate) fn serve(&self, config: &DeviceConfig, opened: Opened, listener: Listener) -> io::Result<()> {
+        let Opened { device, description, read_only, store, store_service: _, metrics } = opened;
+        let socket_path = listener.path().to_owned();
+        let (operator, orders) = orders()?;
+        let handle = Handle {
+            name: name(config, &socket_path),
+            socket_path,
+            description,
+            num_queues: device.function.num_queues(),
+            read_only,
+            operator,
+            status: Arc::clone(&device.status),
+            store,
+            metrics,
+            baseline: Arc::default(),
+        };
+        let session = Session::new(device, listener, Arc::clone(&self.pool), Arc::clone(&self.stop), orders);
+        let sandbox = self.sandbox.clone();
+        let (ends, ended) = bounded(0);
+        let mut served = self.served();
+        let thread = thread::Builder::new().name(format!("session-{}", served.len())).stack_size(SESSION_STACK).spawn(
+            move || {
+                let _ends = ends;
+                sandbox.enter_as(ThreadKind::Session);
+                session.run()
+            },
+        )?;
+        served.push(Served { handle, thread, ended });
+        Ok(())
+    }
+
+    /// Opens a device and serves it.
+    ///
+    /// # Errors
+    /// If it makes no sense, or something that it needs cannot be had.
+    pub(crate) fn add(&self, config: &DeviceConfig) -> Result<Handle, AddError> {
+        let _alone = self.adding.lock().unwrap_or_else(PoisonError::into_inner);
+        let alone = ServerConfig { workers: Some(self.workers), ..ServerConfig::new(vec![config.clone()]) };
+        alone.check()?;
+        if config.iopoll && !self.iopoll {
+            return Err(AddError::NoPolledRings);
+        }
+        let socket_path = std::path::absolute(&config.socket_path).map_err(OpenError::Threads)?;
+        let name = name(config, &socket_path);
+        if self.list().iter().any(|device| device.name == name || device.socket_path == socket_path) {
+            return Err(AddError::Exists(name));
+        }
+        if self.sandbox.is_on() && !config.needs_little() {
+            return Err(AddError::Sandboxed);
+        }
+        let mut opened = open_device(config, &self.entrance, &mut Bases::default())?;
+        let listener = Listener::bind(config).map_err(OpenError::from)?;
+        if let Some(service) = opened.store_service.take() {
+            start_service(service, &self.sandbox).map_err(OpenError::Threads)?;
+        }
+        self.serve(config, opened, listener).map_err(OpenError::Threads)?;
+        self.find(&name).ok_or(AddError::Open(OpenError::Threads(io::ErrorKind::NotFound.into())))
+    }
+
+    /// Ends a device's service; says whether that is over, or its storage still at work.
+    ///
+    /// # Errors
+    /// If its session refuses.
+    pub(crate) fn remove(&self, device: &Handle, force: bool) -> Result<bool, OrderError> {
+        device.order(Order::Remove { force })?;
+        let ended = {
+            let served = self.served();
+            served.iter().find(|served| served.handle.name == device.name).map(|served| served.ended.clone())
+        };
+        let deadline = Instant::now() + FLUSH_PATIENCE;
+        let over = ended.is_none_or(|ended| ended.recv_deadline(deadline) == Err(RecvTimeoutError::Disconnected));
+        let mut served = self.served();
+        let Some(at) = served.iter().position(|served| served.handle.name == device.name) else { return Ok(true) };
+        let removed = served.remove(at);
+        drop(served);
+        if over {
+            join(removed).map_err(|error| OrderError::Storage(io::Error::other(error.to_string())))?;
+        }
+        Ok(over)
+    }
+
+    /// All of them, in the order in which they came.
+    pub(crate) fn list(&self) -> Vec<Handle> {
+        self.served().iter().map(|served| served.handle.clone()).collect()
+    }
+
+    /// The one with this name, or this socket, or the only one whose socket has this file name, with or without its extension.
+    pub(crate) fn find(&self, name: &str) -> Option<Handle> {
+        let mut list = self.list();
+        let path = Path::new(name);
+        if let Some(at) = list.iter().position(|device| device.name == name || device.socket_path == path) {
+            return Some(list.swap_remove(at));
+        }
+        list.retain(|device| {
+            [device.socket_path.file_name(), device.socket_path.file_stem()].contains(&Some(path.as_os_str()))
+        });
+        if list.len() == 1 { list.pop() } else { None }
+    }
+
+    /// Ends all.
+    pub(crate) fn stop(&self) {
+        self.stop.now();
+    }
+
+    /// Waits until all have ended.
+    ///
+    /// # Errors
+    /// The first that failed; all have ended all the same.
+    pub(crate) fn join(&self) -> Result<(), ServeError> {
+        let served = std::mem::take(&mut *self.served());
+        let mut result = Ok(());
+        for served in served {
+            let ended = join(served);
+            result = result.and(ended);
+        }
+        result
+    }
+}
+
+fn name(config: &DeviceConfig, socket_path: &Path) -> String {
+    config.name.clone().unwrap_or_else(|| socket_path.display().to_string())
+}
+
+fn join(served: Served) -> Result<(), ServeError> {
+    let device = served.handle.socket_path.display().to_string();
+    match served.thread.join() {
+        Ok(ended) => ended.map_err(|source| ServeError::Device { device, source }),
+        Err(_) => Err(ServeError::Panicked { device }),
+    }
+}

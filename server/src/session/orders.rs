@@ -1,0 +1,175 @@
+//! What an operator wants of a device while it is served.
+
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::Arc;
+use std::time::Duration;
+
+use crossbeam::channel::{Receiver, RecvTimeoutError, Sender, TrySendError, bounded};
+use nix::sys::eventfd::{EfdFlags, EventFd};
+
+/// Orders that may wait for a session; more are refused.
+const MOST_WAITING: usize = 16;
+/// How long an operator waits for an answer: longer than a session may wait for requests in flight.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// Something to be done to a device by the thread that serves it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Order {
+    /// Take no requests until further notice. The guest sees a slow disk.
+    Pause,
+    /// Take requests again.
+    Resume,
+    /// Have this many bytes, or what the storage has by now.
+    Resize {
+        /// Bytes.
+        capacity: Option<u64>,
+        /// Whether what lies beyond them may be lost.
+        shrink: bool,
+    },
+    /// End the service.
+    Remove {
+        /// Even if a client is connected.
+        force: bool,
+    },
+}
+
+/// Why an order was not carried out.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum OrderError {
+    /// A client is connected.
+    #[error("a client is connected; detach the disk from its machine first, or use force")]
+    InUse,
+    /// Requests do not end.
+    #[error(
+        "requests are still in flight, and the storage does not answer; the device is paused: try again, or resume it"
+    )]
+    Busy,
+    /// It would lose data.
+    #[error(
+        "that is less than it has now ({now} bytes), and would lose what lies beyond; say shrink to do it nevertheless"
+    )]
+    Shrinks {
+        /// Bytes that it has.
+        now: u64,
+    },
+    /// The storage's.
+    #[error("the storage cannot: {0}")]
+    Storage(#[from] io::Error),
+    /// Nobody answers.
+    #[error("the device does not answer: it waits for requests in flight; try again")]
+    Silent,
+    /// Nobody will.
+    #[error("the device is no longer served")]
+    Gone,
+}
+
+/// How an order went: bytes that the device has.
+pub(crate) type Answer = Result<u64, OrderError>;
+
+/// An order, and where the answer goes.
+pub(super) type Letter = (Order, Sender<Answer>);
+
+/// Who gives orders to a session.
+#[derive(Clone)]
+pub(crate) struct Operator {
+    letters: Sender<Letter>,
+    wake: Arc<EventFd>,
+}
+
+/// A session's letter box for orders. It outlives clients.
+pub(crate) struct Orders {
+    letters: Receiver<Letter>,
+    wake: Arc<EventFd>,
+}
+
+/// Both ends.
+///
+/// # Errors
+/// If the system has no eventfd.
+pub(crate) fn orders() -> io::Result<(Operator, Orders)> {
+    let wake = Arc::new(EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?);
+    let (send, letters) = bounded(MOST_WAITING);
+    Ok((Operator { letters: send, wake: Arc::clone(&wake) }, Orders { letters, wake }))
+}
+
+impl Operator {
+    /// Gives an order and waits until it has been carried out, or for some seconds.
+    pub(crate) fn order(&self, order: Order) -> Answer {
+        let (answer, answered) = bounded(1);
+        self.letters.try_send((order, answer)).map_err(|error| match error {
+            TrySendError::Full(_) => OrderError::Silent,
+            TrySendError::Disconnected(_) => OrderError::Gone,
+        })?;
+        self.wake.write(1).map_err(io::Error::from)?;
+        answered.recv_timeout(PATIENCE).unwrap_or_else(|error| match error {
+            RecvTimeoutError::Timeout => Err(OrderError::Silent),
+            // The session has ended, and its letters with it.
+            RecvTimeoutError::Disconnected => Err(OrderError::Gone),
+        })
+    }
+}
+
+impl Orders {
+    /// The oldest order. Answer it.
+    pub(super) fn pop(&self) -> Option<Letter> {
+        self.letters.try_recv().ok()
+    }
+
+    /// Looks at orders from now on, which wakes it no more: call [`pop`](Self::pop) until there is none.
+    pub(super) fn drain(&self) {
+        // EAGAIN says that it is empty already.
+        let _empty = self.wake.read();
+    }
+}
+
+/// Nobody waits for a session that has ended.
+impl Drop for Orders {
+    fn drop(&mut self) {
+        while self.pop().is_some() {}
+    }
+}
+
+/// Becomes readable with an order.
+impl AsFd for Orders {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.wake.as_fd()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::thread;
+
+    use super::*;
+
+    #[test]
+    fn an_order_is_answered_or_its_session_has_gone() {
+        let (operator, orders) = orders().unwrap();
+        thread::scope(|scope| {
+            let asking = scope.spawn(|| operator.order(Order::Pause));
+            let (order, answer) = orders.letters.recv().unwrap();
+            assert_eq!(order, Order::Pause);
+            answer.send(Ok(7)).unwrap();
+            assert_eq!(asking.join().unwrap().unwrap(), 7);
+            // One that is not looked at any more.
+            let asking = scope.spawn(|| operator.order(Order::Resume));
+            while orders.letters.is_empty() {
+                thread::yield_now();
+            }
+            drop(orders);
+            assert!(matches!(asking.join().unwrap(), Err(OrderError::Gone)));
+        });
+        assert!(matches!(operator.order(Order::Resume), Err(OrderError::Gone)));
+    }
+
+    #[test]
+    fn orders_do_not_pile_up() {
+        let (operator, orders) = orders().unwrap();
+        for _ in 0..MOST_WAITING {
+            operator.letters.try_send((Order::Pause, bounded(1).0)).unwrap();
+        }
+        assert!(matches!(operator.order(Order::Pause), Err(OrderError::Silent)));
+        drop(orders);
+    }
+}
