@@ -298,7 +298,7 @@ fn devices_come_and_go_while_others_are_at_work() {
         (json!({ "socket_path": folder.join("a.sock"), "queue_workers": "7" }), 4, "worker 7"),
         (json!({ "socket_path": folder.join("a.sock"), "colour": "red" }), -32602, "colour"),
         (json!({ "socket_path": folder.join("a.sock"), "socket_group": "no-such-group" }), 5, "a.sock"),
-        (json!({ "socket_path": folder.join("a.sock"), "overlay": "memory", "size": "1M" }), 4, "sandbox"),
+        (json!({ "socket_path": folder.join("a.sock"), "overlay_of": "/tmp/none" }), 4, "sandbox"),
         (json!({ "socket_path": folder.join("a.sock"), "nbd_uri": "nbd+unix:///?socket=/tmp/none" }), 4, "sandbox"),
         (json!({ "socket_path": folder.join("a.sock"), "store": "qcow2", "blk_file": "/tmp/none" }), 4, "sandbox"),
         (json!({ "size": "1M" }), -32602, "socket_path"),
