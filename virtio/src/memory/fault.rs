@@ -105,6 +105,9 @@ impl Slot {
     fn set(&self, start: usize, len: usize, loss: *const Loss) {
         let version = self.version.load(Ordering::Relaxed);
         self.version.store(version.wrapping_add(1), Ordering::Relaxed);
+        // ORDERING: our store of an odd version comes before the stores of what it guards. `get` loads these first, has its
+        // fence, and loads the version again. Without ours it might read half of the new entry under the old version, and
+        // take it for whole.
         fence(Ordering::Release);
         self.start.store(start, Ordering::Relaxed);
         self.len.store(len, Ordering::Relaxed);
@@ -117,6 +120,8 @@ impl Slot {
         let version = self.version.load(Ordering::Acquire);
         let read = (self.start.load(Ordering::Relaxed), self.len.load(Ordering::Relaxed));
         let loss = self.loss.load(Ordering::Relaxed);
+        // ORDERING: our loads of the entry come before the second load of the version: the pair of the fence in `set`. Without
+        // ours the version might be loaded first, and an entry that changes meanwhile be taken for whole.
         fence(Ordering::Acquire);
         let same = version.is_multiple_of(2) && self.version.load(Ordering::Relaxed) == version;
         same.then_some((read.0, read.1, loss.cast_const()))
