@@ -104,7 +104,7 @@ fn u_boot_on_x86_64_finds_the_disk() -> Result<()> {
         Ok(console.process().log().contains("VirtIO Block Device"))
     };
     if !found(Machine::new().vfio_user(&disk.socket()))? {
-        assert!(!found(Machine::new().qemu_disk(&disk.image()))?, "U-Boot finds QEMU's own disk, and not ours");
+        assert!(!found(Machine::new().qemu_disk(&disk.image(), "own"))?, "U-Boot finds QEMU's own disk, and not ours");
         cannot_run("Debian's U-Boot for x86-64 finds no virtio device, QEMU's own virtio-blk-pci neither");
     }
     Ok(())

@@ -236,9 +236,10 @@ impl Machine {
     }
 
     /// With QEMU's own virtio-blk on `image`: direct I/O by io_uring, and as many queues as there are processors. The
-    /// image may be that of a server, as long as only one of both is used at a time.
+    /// image may be that of a server, as long as only one of both is used at a time; `serial` tells the guest which is
+    /// which.
     #[must_use]
-    pub fn qemu_disk(mut self, image: &Path) -> Self {
+    pub fn qemu_disk(mut self, image: &Path, serial: &str) -> Self {
         let node = format!("disk{}", self.devices.len());
         let disk = json!({
             "driver": "raw", "node-name": node, "cache": { "direct": true },
@@ -248,7 +249,7 @@ impl Machine {
             },
         });
         self.devices.push(("-blockdev", disk.to_string()));
-        self.device(&format!("virtio-blk-pci,drive={node}"))
+        self.device(&format!("virtio-blk-pci,drive={node},serial={serial}"))
     }
 
     pub(crate) fn started_by(&self) -> (Linux, Option<Firmware>) {

@@ -33,7 +33,6 @@ use anyhow::{Context, Result, ensure};
 use clap::Args;
 use testbed::{Progress, Server, Tool};
 
-use crate::cargo;
 use plan::{Bar, Measured};
 use servers::Place;
 
@@ -71,7 +70,7 @@ pub(crate) struct Options {
 
 pub(crate) fn run(options: &Options) -> Result<ExitCode> {
     if cfg!(debug_assertions) {
-        return run_optimised();
+        return crate::run_optimised();
     }
     if options.check {
         return budget::check(options.bless, options.only.as_deref(), options.profile);
@@ -159,15 +158,4 @@ fn test_file(folder: &Path, size: u64, progress: &Progress) -> Result<tempfile::
     file.sync_all().with_context(context)?;
     step.done("done");
     Ok(temporary)
-}
-
-/// Runs this command again as it is measured: optimised, and the server with it.
-fn run_optimised() -> Result<ExitCode> {
-    let arguments = std::env::args_os().skip(1);
-    let status = cargo()
-        .args(["run", "--release", "--quiet", "--package", "xtask", "--"])
-        .args(arguments)
-        .status()
-        .context("cannot run cargo")?;
-    Ok(ExitCode::from(status.code().and_then(|code| u8::try_from(code).ok()).unwrap_or(1)))
 }

@@ -16,16 +16,21 @@ const MIB: usize = 1 << 20;
 const IMAGE_MIB: usize = 512;
 const CPUS: u32 = 2;
 
-/// vda is ours, vdb QEMU's: they take turns, so that a neighbour's load hits both.
+/// The serials of the two disks: which of them Linux finds first, and calls vda, is a matter of luck.
+const OURS: &str = "ours";
+const QEMU_OWN: &str = "own";
+
+/// The disks take turns, so that a neighbour's load hits both.
 const SCRIPT: &str = "
     set +x
+    named() { for block in /sys/block/vd*; do [ \"$(cat $block/serial)\" != $1 ] || echo /dev/${block##*/}; done; }
     for round in $(seq $rounds); do
         for load in 'randread 4k' 'randwrite 4k' 'read 128k' 'write 128k'; do
             for depth in 1 32; do
                 for jobs in 1 4; do
-                    for disk in vda vdb; do
+                    for disk in $disks; do
                         set -- $load
-                        report=$(fio --minimal --name=bench --filename=/dev/$disk --rw=$1 --bs=$2 --iodepth=$depth \\
+                        report=$(fio --minimal --name=bench --filename=$(named $disk) --rw=$1 --bs=$2 --iodepth=$depth \\
                             --numjobs=$jobs --group_reporting --ioengine=libaio --direct=1 --time_based \\
                             --runtime=$seconds --norandommap --randrepeat=0 --offset_increment=25%)
                         # Of fio's terse output, version 3: one of both is 0.
@@ -67,12 +72,14 @@ pub(super) fn run(seconds: u32, rounds: u32) -> Result<()> {
     file.sync_all().context("cannot write the image")?;
     step.done("done");
     let (path, disk) = (socket.to_string_lossy(), image.to_string_lossy());
-    let server = ["--socket-path", &*path, "--blk-file", &*disk, "--num-queues", &CPUS.to_string()].map(str::to_owned);
+    let server = ["--socket-path", &*path, "--blk-file", &*disk, "--serial", OURS, "--num-queues", &CPUS.to_string()]
+        .map(str::to_owned);
     let _server = Server::start(&server)?;
 
-    let machine = Machine::new().cpus(CPUS).memory_mib(1024).vfio_user(&socket).qemu_disk(&image);
+    let machine = Machine::new().cpus(CPUS).memory_mib(1024).vfio_user(&socket).qemu_disk(&image, QEMU_OWN);
     let step = progress.step("measuring in a guest");
-    let mut guest = testbed.boot(&machine, &format!("seconds={seconds} rounds={rounds}\n{SCRIPT}"))?;
+    let mut guest =
+        testbed.boot(&machine, &format!("seconds={seconds} rounds={rounds} disks='{OURS} {QEMU_OWN}'\n{SCRIPT}"))?;
     let values = u64::from(rounds) * 32;
     for done in 0..values {
         step.advance(done, values);
@@ -101,13 +108,14 @@ pub(super) fn run(seconds: u32, rounds: u32) -> Result<()> {
     fs::write(&page, text).with_context(|| format!("cannot write {}", page.display()))
 }
 
-/// "randread 4k 32 1 vda 12000 0": the load, whether the disk is ours, and the rate.
+/// "randread 4k 32 1 ours 12000 0": the load, whether the disk is ours, and the rate.
 fn parse(fact: &str) -> Option<(Load, bool, f64)> {
     let [pattern, block, depth, jobs, disk, reads, writes] = fact.split(' ').collect::<Vec<_>>().try_into().ok()?;
     let rate = reads.parse::<f64>().ok()? + writes.parse::<f64>().ok()?;
     let (depth, jobs) = (depth.parse().ok()?, jobs.parse().ok()?);
     let load = Load { pattern: pattern.to_owned(), block: block.to_owned(), depth, jobs };
-    (rate > 0.0).then_some((load, disk == "vda", rate))
+    let ours = [(OURS, true), (QEMU_OWN, false)].into_iter().find_map(|(name, ours)| (name == disk).then_some(ours))?;
+    (rate > 0.0).then_some((load, ours, rate))
 }
 
 fn table(results: &BTreeMap<Load, Rates>) -> String {
@@ -147,9 +155,9 @@ mod tests {
     #[test]
     fn a_result_is_its_loads_and_its_disks() {
         let load = Load { pattern: "randread".to_owned(), block: "4k".to_owned(), depth: 32, jobs: 4 };
-        assert_eq!(parse("randread 4k 32 4 vda 1200 0"), Some((load.clone(), true, 1200.0)));
-        assert_eq!(parse("randread 4k 32 4 vdb 0 800"), Some((load.clone(), false, 800.0)));
-        assert_eq!(parse("randread 4k 32 4 vdb 0 0"), None);
+        assert_eq!(parse("randread 4k 32 4 ours 1200 0"), Some((load.clone(), true, 1200.0)));
+        assert_eq!(parse("randread 4k 32 4 own 0 800"), Some((load.clone(), false, 800.0)));
+        assert_eq!(parse("randread 4k 32 4 own 0 0"), None);
         let table = table(&BTreeMap::from([(load, (vec![100.0, 300.0, 200.0], vec![100.0, 100.0, 100.0]))]));
         assert!(table.ends_with("| randread 4k | 32 | 4 | 200/s | 100/s | 2.00 (1.00 to 3.00) |\n"), "{table}");
     }
