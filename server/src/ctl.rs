@@ -10,14 +10,19 @@ use vfio_user_blk::control::ControlClient;
 
 /// Does it, and prints what came of it.
 pub(crate) fn run(arguments: &CtlArgs) -> Result<()> {
-    let socket = arguments.socket.display();
-    let mut server = ControlClient::connect(&arguments.socket).with_context(|| {
-        format!("{socket}: no server answers there; start one with --control-socket, or name its socket with --socket")
-    })?;
+    let mut server = connect(&arguments.socket)?;
     let (method, params) = call(&arguments.command)?;
     let result = server.call(method, &params)?;
     let text = if arguments.json { format!("{result:#}\n") } else { tell(&arguments.command, &result) };
     io::stdout().lock().write_all(text.as_bytes()).context("cannot write to standard output")
+}
+
+/// Connects to a server's control socket.
+pub(crate) fn connect(socket: &Path) -> Result<ControlClient> {
+    ControlClient::connect(socket).with_context(|| {
+        let socket = socket.display();
+        format!("{socket}: no server answers there; start one with --control-socket, or name its socket with --socket")
+    })
 }
 
 /// The method, and its parameters.
@@ -125,7 +130,7 @@ fn table(devices: &Value) -> String {
 }
 
 /// Rows of cells, in columns as wide as they have to be.
-fn aligned(rows: &[Vec<String>]) -> String {
+pub(crate) fn aligned(rows: &[Vec<String>]) -> String {
     let mut widths = Vec::new();
     for row in rows {
         widths.resize(widths.len().max(row.len()), 0);

@@ -14,7 +14,7 @@ use crate::listener::Listener;
 use crate::metrics::{DeviceMetrics, Statistics};
 use crate::sandbox::{Entrance, Sandbox, ThreadKind};
 use crate::server::{OpenError, Opened, ServeError, open_device, start_service};
-use crate::session::{Operator, Order, OrderError, Session, Stop, orders};
+use crate::session::{Observation, Operator, Order, OrderError, Session, Stop, orders};
 use crate::status::{SharedStatus, Status};
 use crate::store::Bases;
 use crate::worker::Pool;
@@ -58,6 +58,8 @@ pub(crate) struct Devices {
     entrance: Entrance,
     workers: usize,
     iopoll: bool,
+    /// When they began to be.
+    since: Instant,
 }
 
 /// A device as others than its session see it.
@@ -80,9 +82,20 @@ pub(crate) struct Handle {
     status: Arc<SharedStatus>,
     /// Its session's, on whose thread it is closed.
     store: Weak<dyn Store>,
+    /// As it was described.
+    pub(crate) config: Arc<DeviceConfig>,
 }
 
 impl Handle {
+    /// What its session knows of the client, which it is asked for; `None` if there is no client.
+    ///
+    /// # Errors
+    /// If it does not answer.
+    pub(crate) fn observe(&self) -> Result<Option<Observation>, OrderError> {
+        self.order(Order::Observe)?;
+        Ok(self.status.observation())
+    }
+
     /// How it is now.
     pub(crate) fn status(&self) -> Status {
         self.status.get()
@@ -136,7 +149,13 @@ impl Devices {
             entrance,
             workers: config.workers(),
             iopoll: config.devices.iter().any(|device| device.iopoll),
+            since: Instant::now(),
         }
+    }
+
+    /// How long there have been any, by a clock that only goes forward.
+    pub(crate) fn age(&self) -> Duration {
+        self.since.elapsed()
     }
 
     fn served(&self) -> MutexGuard<'_, Vec<Served>> {
@@ -162,6 +181,7 @@ impl Devices {
             store,
             metrics,
             baseline: Arc::default(),
+            config: Arc::new(config.clone()),
         };
         let session = Session::new(device, listener, Arc::clone(&self.pool), Arc::clone(&self.stop), orders);
         let sandbox = self.sandbox.clone();

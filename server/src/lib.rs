@@ -10,7 +10,9 @@ pub mod config;
 pub mod control;
 mod device;
 mod devices;
+mod diagnosis;
 mod doorbell_page;
+mod inherited;
 mod listener;
 mod metrics;
 mod sandbox;
@@ -20,6 +22,7 @@ mod status;
 mod store;
 mod worker;
 
+pub use inherited::{InheritedError, InheritedSockets};
 pub use listener::ListenError;
 pub use sandbox::{Sandbox, SandboxError};
 pub use server::{OpenError, ServeError, Server, StopHandle};

@@ -14,6 +14,7 @@ use nix::sys::socket::{self, AddressFamily, Backlog, SockFlag, SockType, UnixAdd
 use nix::unistd::{Gid, Group};
 
 use crate::config::{DeviceConfig, SocketMode};
+use crate::inherited::Inherited;
 
 /// Why a socket cannot be had.
 #[derive(Debug, thiserror::Error)]
@@ -71,8 +72,8 @@ pub(crate) enum Arrival {
 pub(crate) struct Listener {
     socket: UnixListener,
     path: PathBuf,
-    /// Device and inode of what we made there: another server may have replaced it.
-    made: (u64, u64),
+    /// Device and inode of what we made there: another server may have replaced it. `None` if it is the service manager's.
+    made: Option<(u64, u64)>,
     /// The users that are served; `None` for all that the socket lets in.
     allow_uids: Option<Vec<u32>>,
 }
@@ -107,7 +108,7 @@ impl Listener {
         let listener = Self {
             socket: socket.into(),
             path: std::path::absolute(path).map_err(failed)?,
-            made: (metadata.dev(), metadata.ino()),
+            made: Some((metadata.dev(), metadata.ino())),
             allow_uids: access.allow_uids.map(<[_]>::to_vec),
         };
         if let Some(group) = group {
@@ -119,6 +120,13 @@ impl Listener {
         // Only now: until here nobody could connect, whatever the umask has left of the permissions.
         socket::listen(&listener.socket, Backlog::MAXCONN).map_err(refused)?;
         Ok(listener)
+    }
+
+    /// Listens on what the service manager has made: it decides who may connect, but for `allow_uids`, and its socket stays.
+    pub(crate) fn inherit(inherited: Inherited, allow_uids: Option<&[u32]>) -> Self {
+        let Inherited { socket, path, .. } = inherited;
+        log::info!("{}: the socket is the service manager's", path.display());
+        Self { socket, path, made: None, allow_uids: allow_uids.map(<[_]>::to_vec) }
     }
 
     /// Where it is, from the root.
@@ -194,7 +202,7 @@ fn transient(error: &io::Error) -> bool {
 
 impl Drop for Listener {
     fn drop(&mut self) {
-        let ours = fs::symlink_metadata(&self.path).is_ok_and(|now| (now.dev(), now.ino()) == self.made);
+        let ours = fs::symlink_metadata(&self.path).is_ok_and(|now| Some((now.dev(), now.ino())) == self.made);
         if ours && let Err(error) = fs::remove_file(&self.path) {
             log::warn!("{}: cannot be removed: {error}", self.path.display());
         }

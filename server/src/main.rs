@@ -2,9 +2,12 @@
 
 mod bench;
 mod ctl;
+mod doctor;
 mod exit;
+mod journal;
 mod manual;
 mod service;
+mod top;
 
 use std::io::{self, Write};
 use std::path::Path;
@@ -14,16 +17,18 @@ use std::thread;
 use anyhow::{Context, Result};
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
-use vfio_user_blk::Server;
 use vfio_user_blk::config::{CheckArgs, Cli, Command, ServeArgs, ServerConfig};
+use vfio_user_blk::{InheritedSockets, Server};
 
 fn main() -> ExitCode {
     let cli = Cli::read();
-    env_logger::Builder::from_env(env_logger::Env::default().default_filter_or("info")).init();
+    let log = journal::Log::start();
     let result = match cli.command {
         Command::Serve(arguments) => serve(arguments),
         Command::Bench(arguments) => bench::run(&arguments),
         Command::Ctl(arguments) => ctl::run(&arguments),
+        Command::Top(arguments) => top::run(&arguments),
+        Command::Doctor(arguments) => doctor::run(&arguments),
         Command::Check(arguments) => check(&arguments),
         Command::Completions(arguments) => manual::completions(arguments.shell),
         Command::Man(arguments) => manual::page(arguments.command.as_deref()),
@@ -31,7 +36,7 @@ fn main() -> ExitCode {
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("vfio-user-blk: {}", explain(&error));
+            log.end(&explain(&error));
             ExitCode::from(exit::status(&error))
         }
     }
@@ -59,9 +64,10 @@ fn serve(arguments: ServeArgs) -> Result<()> {
         }
     };
     config.override_with(arguments.server);
+    let sockets = InheritedSockets::of_environment().map_err(vfio_user_blk::OpenError::from)?;
     // Before the first thread, so that none of them is interrupted in its place.
     let mut signals = Signals::new([SIGTERM, SIGINT]).context("cannot handle signals")?;
-    let server = Server::start(&config)?;
+    let server = Server::start_on(&config, sockets)?;
     announce(&server).context("cannot write to standard output")?;
     let manager = service::ServiceManager::of_environment();
     manager.ready(server.devices().count());

@@ -20,6 +20,7 @@ use crate::control::{self, Control};
 use crate::device::Device;
 use crate::devices::Devices;
 use crate::doorbell_page::DoorbellPage;
+use crate::inherited::{InheritedError, InheritedSockets};
 use crate::listener::{ListenError, Listener};
 use crate::metrics::{self, DeviceMetrics, Responder};
 use crate::sandbox::{Entrance, Sandbox, SandboxError, ThreadKind};
@@ -66,6 +67,9 @@ pub enum OpenError {
     /// The socket.
     #[error(transparent)]
     Listen(#[from] ListenError),
+    /// The sockets that a service manager has handed over.
+    #[error(transparent)]
+    Inherited(#[from] InheritedError),
     /// Where metrics are to be had.
     #[error("metrics_address: cannot listen on {address}: {source}")]
     MetricsAddress {
@@ -132,6 +136,14 @@ impl Server {
     /// # Errors
     /// The first thing that cannot be had.
     pub fn start(config: &ServerConfig) -> Result<Self, OpenError> {
+        Self::start_on(config, InheritedSockets::default())
+    }
+
+    /// As [`start`](Self::start), and listens on `sockets` where they are for a device, for operators or for metrics.
+    ///
+    /// # Errors
+    /// The same, and if a socket is for nobody.
+    pub fn start_on(config: &ServerConfig, mut sockets: InheritedSockets) -> Result<Self, OpenError> {
         config.check()?;
         outlive_lost_memory().map_err(OpenError::Threads)?;
         let stop = Arc::new(Stop::new().map_err(OpenError::Threads)?);
@@ -140,15 +152,25 @@ impl Server {
         let mut bases = Bases::default();
         let mut opened: Vec<_> =
             config.devices.iter().map(|device| open_device(device, &entrance, &mut bases)).collect::<Result<_, _>>()?;
-        let listeners: Vec<_> = config.devices.iter().map(Listener::bind).collect::<Result<_, _>>()?;
+        let listeners: Vec<_> =
+            config.devices.iter().map(|device| listen(device, &mut sockets)).collect::<Result<_, _>>()?;
         if config.control_socket.is_some()
             && let Ok(waker) = Waker::new()
             && let Err(error) = store::try_ring(&waker)
         {
             log::warn!("no device with an image file can be added later: {error}");
         }
-        let control = config.control_socket.as_deref().map(|path| control::bind(path, config)).transpose()?;
-        let metrics_socket = config.metrics_socket.as_deref().map(metrics::bind).transpose()?;
+        let control = config.control_socket.as_deref().map(|path| match sockets.control(path) {
+            Some(socket) => Ok(Listener::inherit(socket, None)),
+            None => control::bind(path, config),
+        });
+        let control = control.transpose()?;
+        let metrics_socket = config.metrics_socket.as_deref().map(|path| match sockets.metrics(path) {
+            Some(socket) => Ok(Listener::inherit(socket, None)),
+            None => metrics::bind(path),
+        });
+        let metrics_socket = metrics_socket.transpose()?;
+        sockets.all_taken()?;
         let metrics_address = config.metrics_address.map(|address| {
             metrics::Place::tcp(address).map_err(|source| OpenError::MetricsAddress { address, source })
         });
@@ -232,6 +254,18 @@ fn worker_plans(config: &ServerConfig) -> impl Iterator<Item = WorkerPlan> {
         let sqpoll = config.sqpoll.then_some(SqPoll { idle: config.sqpoll_idle(), cpu });
         WorkerPlan { cpu: nth(&config.worker_cpus, index), uring: UringOptions { sqpoll, iopoll } }
     })
+}
+
+/// Listens where a device is to be found.
+fn listen(device: &DeviceConfig, sockets: &mut InheritedSockets) -> Result<Listener, ListenError> {
+    let Some(socket) = sockets.device(device.name.as_deref(), &device.socket_path) else {
+        return Listener::bind(device);
+    };
+    if device.socket_mode.is_some() || device.socket_group.is_some() {
+        let path = socket.path.display();
+        log::warn!("{path}: socket_mode and socket_group are for the unit to say: SocketMode= and SocketGroup=");
+    }
+    Ok(Listener::inherit(socket, device.allow_uids.as_deref()))
 }
 
 /// Has a thread do what a store needs one for, in the sandbox; it ends by itself when the store is gone.

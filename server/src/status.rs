@@ -7,6 +7,8 @@ use nix::sys::socket::getsockopt;
 use nix::sys::socket::sockopt::PeerCredentials;
 use serde::Serialize;
 
+use crate::session::Observation;
+
 /// The process at the other end of a device's socket, as the kernel knew it when it connected.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 pub(crate) struct Peer {
@@ -35,16 +37,30 @@ pub(crate) struct Status {
 
 /// The status of a device, which its session keeps up to date. Nothing on the way of a request touches it.
 #[derive(Debug, Default)]
-pub(crate) struct SharedStatus(Mutex<Status>);
+pub(crate) struct SharedStatus {
+    status: Mutex<Status>,
+    /// What its session knew of the client when it was asked last.
+    observation: Mutex<Option<Observation>>,
+}
 
 impl SharedStatus {
     /// As it is now.
     pub(crate) fn get(&self) -> Status {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        self.status.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     /// Changes it.
     pub(crate) fn update(&self, change: impl FnOnce(&mut Status)) {
-        change(&mut self.0.lock().unwrap_or_else(PoisonError::into_inner));
+        change(&mut self.status.lock().unwrap_or_else(PoisonError::into_inner));
+    }
+
+    /// What the session was told to tell.
+    pub(crate) fn observation(&self) -> Option<Observation> {
+        self.observation.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Tells it; `None` if there is no client.
+    pub(crate) fn observe(&self, observation: Option<Observation>) {
+        *self.observation.lock().unwrap_or_else(PoisonError::into_inner) = observation;
     }
 }

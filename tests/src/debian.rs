@@ -17,8 +17,9 @@ use crate::progress::Step;
 
 pub(crate) const KEYRING: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
 const LOADER: &str = "usr/lib64/ld-linux-x86-64.so.2";
-/// Ceph keeps some of its libraries, which fio needs, to itself.
-const LIBRARIES: [&str; 2] = ["usr/lib/x86_64-linux-gnu", "usr/lib/x86_64-linux-gnu/ceph"];
+/// Ceph keeps some of its libraries, which fio needs, to itself; and so does systemd.
+const LIBRARIES: [&str; 3] =
+    ["usr/lib/x86_64-linux-gnu", "usr/lib/x86_64-linux-gnu/ceph", "usr/lib/x86_64-linux-gnu/systemd"];
 
 /// A part of Debian's archive.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -27,6 +27,8 @@ pub enum Tool {
     NbdServer,
     /// qemu-img, which makes, checks and converts images.
     QemuImg,
+    /// systemd-analyze, which says what is wrong with a unit.
+    SystemdAnalyze,
 }
 
 impl Tool {
@@ -47,7 +49,7 @@ impl Tool {
             Self::QemuStorageDaemon | Self::QemuNbd | Self::QemuImg => {
                 command.env("QEMU_MODULE_DIR", tree.path("usr/lib/x86_64-linux-gnu/qemu"))
             }
-            Self::Fio | Self::Nbdkit | Self::NbdServer => &mut command,
+            Self::Fio | Self::Nbdkit | Self::NbdServer | Self::SystemdAnalyze => &mut command,
         };
         Ok(command)
     }
@@ -92,6 +94,7 @@ impl Tool {
             Self::Nbdkit => "nbdkit",
             Self::NbdServer => "nbd-server",
             Self::QemuImg => "qemu-img",
+            Self::SystemdAnalyze => "systemd-analyze",
         }
     }
 
@@ -105,6 +108,7 @@ impl Tool {
             Self::Nbdkit => (&["nbdkit"], Suite::Trixie, "usr/bin/nbdkit"),
             Self::NbdServer => (&["nbd-server"], Suite::Trixie, "usr/bin/nbd-server"),
             Self::QemuImg => (&["qemu-utils"], Suite::Trixie, "usr/bin/qemu-img"),
+            Self::SystemdAnalyze => (&["systemd"], Suite::Trixie, "usr/bin/systemd-analyze"),
         };
         (Packages { names, suite, architecture: Architecture::Amd64 }, program)
     }

@@ -117,6 +117,11 @@ impl Interrupts {
         Ok(())
     }
 
+    /// Whether a line of an MSI-X vector is installed, by which its signals arrive. A vector that does not exist has none.
+    pub fn has_line(&self, vector: u16) -> bool {
+        self.msix.has_line(usize::from(vector))
+    }
+
     /// Masks an interrupt until it is unmasked or its kind disabled.
     pub fn mask(&self, irq: Irq, vector: u32) -> Result<(), NoSuchInterrupt> {
         let number = self.check(irq, vector)?;

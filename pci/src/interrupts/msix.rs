@@ -115,6 +115,10 @@ impl Msix {
         self.refresh_all(&control);
     }
 
+    pub(crate) fn has_line(&self, vector: usize) -> bool {
+        self.lock().entries.get(vector).is_some_and(|entry| entry.line.is_some())
+    }
+
     pub(crate) fn install(&self, vector: usize, line: Option<Arc<Line>>) {
         let mut control = self.lock();
         let arms = line.is_some() && !control.in_use();

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand};
 
-use super::{BenchArgs, CtlArgs, DeviceConfig, ServerConfig};
+use super::{BenchArgs, CtlArgs, DeviceConfig, DoctorArgs, ServerConfig, TopArgs};
 
 /// Virtio block devices for QEMU and other vfio-user clients, served from user space
 #[derive(Debug, Parser)]
@@ -41,6 +41,10 @@ pub enum Command {
     Bench(BenchArgs),
     /// Look at the devices of a running server and change them, by its control socket
     Ctl(CtlArgs),
+    /// Show what the devices of a running server are doing, in a terminal
+    Top(TopArgs),
+    /// Say what is wrong with the devices of a running server, what is slow, and what to do about it
+    Doctor(DoctorArgs),
     /// Read a configuration file and say what is wrong with it, or what it describes; opens nothing
     Check(CheckArgs),
     /// Print a script that completes this command's words in a shell

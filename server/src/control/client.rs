@@ -3,6 +3,7 @@
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
+use std::time::Duration;
 
 use serde_json::Value;
 
@@ -26,6 +27,9 @@ pub enum CallError {
     /// The server has gone.
     #[error("the server has closed the connection; its log says why")]
     Closed,
+    /// The server lets us wait.
+    #[error("the server does not answer; is it stopped, or its machine overloaded?")]
+    Silent,
     /// The connection.
     #[error(transparent)]
     Io(#[from] io::Error),
@@ -50,6 +54,14 @@ impl ControlClient {
         Ok(Self { stream: BufReader::new(UnixStream::connect(path)?), last_id: 0 })
     }
 
+    /// Waits no longer than this for each answer; for ever if it was never called. Afterwards nothing more can be called.
+    ///
+    /// # Errors
+    /// The system's.
+    pub fn set_timeout(&self, timeout: Duration) -> io::Result<()> {
+        self.stream.get_ref().set_read_timeout(Some(timeout))
+    }
+
     /// Calls a method and waits for its result.
     ///
     /// # Errors
@@ -58,7 +70,10 @@ impl ControlClient {
         self.last_id = self.last_id.wrapping_add(1);
         self.stream.get_mut().write_all(&rpc::request(self.last_id, method, params))?;
         let mut line = Vec::new();
-        (&mut self.stream).take(MOST).read_until(b'\n', &mut line)?;
+        (&mut self.stream).take(MOST).read_until(b'\n', &mut line).map_err(|error| match error.kind() {
+            io::ErrorKind::WouldBlock => CallError::Silent,
+            _ => error.into(),
+        })?;
         if line.is_empty() {
             return Err(CallError::Closed);
         }

@@ -5,8 +5,10 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use super::rpc::Failure;
+use super::snapshot::Snapshot;
 use crate::config::{DeviceConfig, Size};
 use crate::devices::{AddError, Devices, Handle};
+use crate::diagnosis::Diagnosis;
 use crate::server::OpenError;
 use crate::session::{Order, OrderError};
 use crate::status::Status;
@@ -28,6 +30,8 @@ const METHODS: &[(&str, Method)] = &[
     ("device.statistics", statistics),
     ("device.reset_statistics", reset_statistics),
     ("server.stop", stop),
+    ("server.statistics", all_statistics),
+    ("device.diagnose", diagnose),
 ];
 
 /// Does what a method does.
@@ -197,6 +201,20 @@ fn reset_statistics(devices: &Devices, given: Value) -> Result<Value, Failure> {
     let device = find(devices, &device)?;
     device.reset_statistics();
     Ok(json!({ "device": device.name }))
+}
+
+fn all_statistics(devices: &Devices, given: Value) -> Result<Value, Failure> {
+    let Nothing {} = params(given)?;
+    told(&Snapshot::of(devices))
+}
+
+fn diagnose(devices: &Devices, given: Value) -> Result<Value, Failure> {
+    let Named { device } = params(given)?;
+    told(&Diagnosis::of(&find(devices, &device)?))
+}
+
+fn told(result: &impl Serialize) -> Result<Value, Failure> {
+    serde_json::to_value(result).map_err(|error| Failure::new(Failure::SYSTEM, error))
 }
 
 fn stop(devices: &Devices, given: Value) -> Result<Value, Failure> {

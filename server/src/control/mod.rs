@@ -8,6 +8,7 @@ mod client;
 mod connection;
 mod methods;
 mod rpc;
+mod snapshot;
 
 use std::os::fd::AsFd;
 use std::path::Path;
@@ -16,10 +17,13 @@ use std::thread::{self, JoinHandle};
 use std::{io, mem};
 
 pub use client::{CallError, ControlClient};
+pub use snapshot::{DeviceSnapshot, QueueSnapshot, Snapshot};
 
 use crate::config::{ServerConfig, SocketMode};
 use crate::devices::Devices;
+pub use crate::diagnosis::{Finding, Level};
 use crate::listener::{Access, Arrival, ListenError, Listener};
+pub use crate::metrics::{Latencies, Stages, Statistics};
 use crate::sandbox::{Sandbox, ThreadKind};
 use crate::session::Stop;
 

@@ -2,6 +2,8 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use super::Latencies;
+
 /// A number. Relaxed, as it guards no memory; and stored in place of added to, since there is one writer at a time.
 #[derive(Debug, Default)]
 pub(super) struct Counter(AtomicU64);
@@ -52,6 +54,14 @@ impl Histogram {
         self.sum.get()
     }
 
+    /// As it is now.
+    pub(super) fn latencies(&self) -> Latencies {
+        let last = BUCKETS.saturating_sub(1);
+        let end = |at: usize| (at < last).then_some(1 << (FIRST as usize).saturating_add(at));
+        let counts = self.buckets.iter().enumerate().map(|(at, count)| (end(at), count.get()));
+        Latencies { sum_ns: self.sum.get(), buckets: counts.filter(|(_, count)| *count > 0).collect() }
+    }
+
     /// The end of each bucket in seconds, and how often it was in it.
     pub(super) fn read(&self) -> impl Iterator<Item = (f64, u64)> {
         let last = BUCKETS.saturating_sub(1);
@@ -90,6 +100,8 @@ mod tests {
         }
         let histogram = Histogram::default();
         histogram.record(1000, 2);
-        assert_eq!(histogram.sum(), 2000);
+        histogram.record(u64::MAX, 1);
+        assert_eq!(histogram.sum(), 2000u64.wrapping_add(u64::MAX));
+        assert_eq!(histogram.latencies().buckets, [(Some(1024), 2), (None, 1)]);
     }
 }

@@ -5,14 +5,16 @@
 
 mod counter;
 mod export;
+mod latencies;
 mod meter;
 mod responder;
 
 use std::sync::Arc;
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use counter::{Counter, Histogram};
+pub use latencies::{Latencies, Stages};
 pub(crate) use meter::Meter;
 pub(crate) use responder::{Place, Responder, bind};
 
@@ -83,6 +85,11 @@ impl DeviceMetrics {
         self.0.get(usize::from(index)).cloned().unwrap_or_default()
     }
 
+    /// How long the stages of requests have taken, by queue.
+    pub(crate) fn stages(&self) -> Vec<Stages> {
+        self.0.iter().map(|queue| Stages::of(queue.stages.each_ref().map(Histogram::latencies))).collect()
+    }
+
     /// As they are now.
     pub(crate) fn read(&self) -> Vec<Statistics> {
         self.0.iter().map(|queue| queue.read()).collect()
@@ -90,37 +97,61 @@ impl DeviceMetrics {
 }
 
 /// The counters of a queue at some moment. The names are those of docs/control.md.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
-pub(crate) struct Statistics {
-    pub(crate) reads: u64,
-    pub(crate) writes: u64,
-    pub(crate) flushes: u64,
-    pub(crate) discards: u64,
-    pub(crate) write_zeroes: u64,
-    pub(crate) other: u64,
-    pub(crate) read_bytes: u64,
-    pub(crate) written_bytes: u64,
-    pub(crate) io_errors: u64,
-    pub(crate) unsupported: u64,
-    pub(crate) kicks: u64,
-    pub(crate) interrupts_sent: u64,
-    pub(crate) interrupts_suppressed: u64,
-    pub(crate) polls_with_work: u64,
-    pub(crate) polls_in_vain: u64,
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+#[allow(missing_docs, reason = "docs/control.md has the fields")]
+pub struct Statistics {
+    pub reads: u64,
+    pub writes: u64,
+    pub flushes: u64,
+    pub discards: u64,
+    pub write_zeroes: u64,
+    pub other: u64,
+    pub read_bytes: u64,
+    pub written_bytes: u64,
+    pub io_errors: u64,
+    pub unsupported: u64,
+    pub kicks: u64,
+    pub interrupts_sent: u64,
+    pub interrupts_suppressed: u64,
+    pub polls_with_work: u64,
+    pub polls_in_vain: u64,
     /// No counter: what is in flight now.
-    pub(crate) in_flight: u64,
+    pub in_flight: u64,
     /// Nanoseconds that all requests together were with the store.
-    pub(crate) submit_to_reap_ns: u64,
+    pub submit_to_reap_ns: u64,
 }
 
 impl Statistics {
+    /// Requests of all kinds.
+    pub fn operations(&self) -> u64 {
+        [self.reads, self.writes, self.flushes, self.discards, self.write_zeroes, self.other]
+            .iter()
+            .fold(0, |sum, count| sum.wrapping_add(*count))
+    }
+
     /// What has come since `before`.
-    pub(crate) fn since(&self, before: &Self) -> Self {
-        macro_rules! difference {
-            ($($field:ident)*) => { Self { $($field: self.$field.wrapping_sub(before.$field),)* in_flight: self.in_flight } };
+    pub fn since(&self, before: &Self) -> Self {
+        Self { in_flight: self.in_flight, ..self.each(before, u64::wrapping_sub) }
+    }
+
+    fn and(&self, more: &Self) -> Self {
+        self.each(more, u64::wrapping_add)
+    }
+
+    fn each(&self, other: &Self, of: fn(u64, u64) -> u64) -> Self {
+        macro_rules! each {
+            ($($field:ident)*) => { Self { $($field: of(self.$field, other.$field),)* } };
         }
-        difference!(reads writes flushes discards write_zeroes other read_bytes written_bytes io_errors unsupported kicks
-            interrupts_sent interrupts_suppressed polls_with_work polls_in_vain submit_to_reap_ns)
+        each!(reads writes flushes discards write_zeroes other read_bytes written_bytes io_errors unsupported kicks
+            interrupts_sent interrupts_suppressed polls_with_work polls_in_vain in_flight submit_to_reap_ns)
+    }
+}
+
+/// All of several queues.
+impl<'a> std::iter::Sum<&'a Statistics> for Statistics {
+    fn sum<I: Iterator<Item = &'a Statistics>>(queues: I) -> Self {
+        queues.fold(Self::default(), |sum, more| sum.and(more))
     }
 }
 

@@ -1,5 +1,6 @@
 //! What a client's messages do to a device.
 
+use std::fmt::Display;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::time::Instant;
@@ -20,6 +21,7 @@ use super::client_log::ClientLog;
 use super::data_path::DataPath;
 use super::dma::ClientMemory;
 use super::irqs::{self, EventLine, Watch};
+use super::observation::Notes;
 use super::watcher::{Source, Watcher};
 use super::{DRAIN_LIMIT, Events, OrderError, negotiation};
 use crate::device::{Device, StillBusy};
@@ -28,22 +30,24 @@ use crate::worker::Pool;
 /// A client's time with a device.
 pub(super) struct Attendance<'a> {
     log: &'a ClientLog,
-    device: &'a mut Device,
-    memory: ClientMemory,
+    pub(super) device: &'a mut Device,
+    pub(super) memory: ClientMemory,
     /// Descriptors of the client's that may be kept.
     fds: Arc<Allowance>,
-    data_path: DataPath,
+    pub(super) data_path: DataPath,
     events: Arc<Events>,
     pub(super) watcher: Watcher,
     /// The client's own bounds, once VERSION has told them.
     max_msg_fds: Option<usize>,
     /// What the driver asked for and what still waits for requests in flight.
     unsettled: Vec<Unsettled>,
-    doorbells: Vec<EventFd>,
+    pub(super) doorbells: Vec<EventFd>,
     mask_intx: Option<EventLine>,
     unmask_intx: Option<EventLine>,
     /// The bytes of a region read.
     scratch: Vec<u8>,
+    /// What operators may want to know.
+    pub(super) notes: Notes,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -78,6 +82,7 @@ impl<'a> Attendance<'a> {
             mask_intx: None,
             unmask_intx: None,
             scratch: Vec::new(),
+            notes: Notes::default(),
         }
     }
 
@@ -99,6 +104,7 @@ impl<'a> Attendance<'a> {
             Request::RegionWrite(write) => match self.region_write(&write) {
                 // A kick is work for others, which the client need not wait for.
                 Ok(effect @ Effect::Kick(_)) => {
+                    self.notes.kicked_by_message(!to.expected());
                     sender.reply(to, &Reply::RegionWrite(write.span()))?;
                     self.act(effect);
                     Ok(())
@@ -114,7 +120,12 @@ impl<'a> Attendance<'a> {
                 let mut wr_cnt = 0;
                 for write in writes.iter() {
                     match self.region_write(&write) {
-                        Ok(effect) => self.act(effect),
+                        Ok(effect) => {
+                            if matches!(effect, Effect::Kick(_)) {
+                                self.notes.kicked_by_message(!to.expected());
+                            }
+                            self.act(effect);
+                        }
                         Err(errno) => return sender.refuse(to, errno),
                     }
                     wr_cnt += 1;
@@ -143,6 +154,7 @@ impl<'a> Attendance<'a> {
                     let theirs = proposed.capabilities.max_msg_fds();
                     self.max_msg_fds = Some(usize::try_from(theirs).unwrap_or(usize::MAX));
                     self.log.info(format_args!("protocol {}.{}", version.major, version.minor));
+                    self.notes.agreed(&proposed, &version);
                     sender.reply(to, &Reply::Version(&version))
                 }
                 Err(errno) => {
@@ -312,13 +324,13 @@ impl<'a> Attendance<'a> {
             Effect::Start => {
                 if let Err((queue, error)) = self.data_path.start_all(self.device) {
                     self.log.error(format_args!("queue {queue} cannot be started: {error}; the device needs a reset"));
-                    self.needs_reset();
+                    self.needs_reset(queue, &error);
                 }
             }
             Effect::StartQueue(queue) => {
                 if let Err(error) = self.data_path.start(self.device, queue) {
                     self.log.error(format_args!("queue {queue} cannot be started: {error}; the device needs a reset"));
-                    self.needs_reset();
+                    self.needs_reset(queue, &error);
                 }
             }
             Effect::Stop => {
@@ -388,7 +400,8 @@ impl<'a> Attendance<'a> {
     }
 
     /// The driver broke the rules, or we cannot serve it.
-    pub(super) fn needs_reset(&mut self) {
+    pub(super) fn needs_reset(&mut self, queue: u16, why: &dyn Display) {
+        self.notes.fault = Some(format!("queue {queue}: {why}"));
         self.device.function.set_needs_reset();
     }
 
@@ -397,6 +410,7 @@ impl<'a> Attendance<'a> {
         if let Some(doorbell) = self.doorbells.get(usize::from(queue)) {
             // EAGAIN: it was signalled once for two reports.
             let _empty = doorbell.read();
+            self.notes.by_eventfd = self.notes.by_eventfd.wrapping_add(1);
             self.data_path.kick(queue);
         }
     }

@@ -76,6 +76,11 @@ impl DataPath {
         Ok(())
     }
 
+    /// Whether a worker serves the queue.
+    pub(super) fn is_running(&self, index: u16) -> bool {
+        matches!(self.queues.get(usize::from(index)), Some(Slot::Running(_)))
+    }
+
     /// Passes a driver's kick on.
     pub(super) fn kick(&self, index: u16) {
         if let Some(Slot::Running(queue)) = self.queues.get(usize::from(index)) {

@@ -11,6 +11,7 @@ use virtio::memory::{
 };
 
 use super::allowance::Allowance;
+use super::observation::{ObservedMemory, observe_file};
 use crate::config::{ClientLimits, Size};
 
 /// Why a range was not mapped.
@@ -109,6 +110,21 @@ impl ClientMemory {
             },
         }?;
         Ok(gone.iter().map(|mapping| mapping.release()).collect())
+    }
+
+    /// What is mapped now.
+    pub(super) fn observe(&self) -> ObservedMemory {
+        let mut seen = ObservedMemory::default();
+        for mapping in self.table.load().iter() {
+            seen.ranges = seen.ranges.saturating_add(1);
+            seen.bytes = seen.bytes.saturating_add(mapping.len());
+            if !mapping.is_reachable() {
+                seen.unreachable_ranges = seen.unreachable_ranges.saturating_add(1);
+                seen.unreachable_bytes = seen.unreachable_bytes.saturating_add(mapping.len());
+            }
+        }
+        seen.files = self.files.iter().filter_map(Weak::upgrade).map(|file| observe_file(&file)).collect();
+        seen
     }
 
     /// `file` mapped, or what was mapped of the same file before.

@@ -14,6 +14,7 @@ mod events;
 mod irqs;
 mod negotiation;
 mod obedience;
+mod observation;
 mod orders;
 mod signal;
 mod watcher;
@@ -36,6 +37,9 @@ use client_log::ClientLog;
 use events::Event;
 pub(crate) use events::Events;
 use obedience::{Obey, Obeyed};
+pub(crate) use observation::{Observation, ObservedQueue};
+#[cfg(test)]
+pub(crate) use observation::{ObservedFile, ObservedMemory, Protocol};
 pub(crate) use orders::{Operator, Order, OrderError, Orders, orders};
 pub(crate) use watcher::Stop;
 use watcher::{Source, Watcher};
@@ -174,13 +178,16 @@ fn serve_once(
                     match event {
                         Event::Fault { queue, error } => {
                             log.error(format_args!("queue {queue}: {error}; the device needs a reset"));
-                            attendance.needs_reset();
+                            attendance.needs_reset(queue, &error);
                         }
-                        Event::BlankRing { queue } => log.error(format_args!(
-                            "queue {queue} was kicked, but its ring is blank: the guest's RAM is not shared with \
-                             this server. Start QEMU with -object memory-backend-memfd,id=mem,size=...,share=on and \
-                             -machine memory-backend=mem"
-                        )),
+                        Event::BlankRing { queue } => {
+                            attendance.notes.found_blank = true;
+                            log.error(format_args!(
+                                "queue {queue} was kicked, but its ring is blank: the guest's RAM is not shared with \
+                                 this server. Start QEMU with -object memory-backend-memfd,id=mem,size=...,share=on and \
+                                 -machine memory-backend=mem"
+                            ));
+                        }
                     }
                 }
             }

@@ -46,6 +46,7 @@ impl Obey for Device {
                 self.set_paused(order == Order::Pause);
             }
             Order::Resize { capacity, shrink } => return self.resize(capacity, shrink),
+            Order::Observe => self.status.observe(None),
             Order::Remove { .. } => {}
         }
         Ok(self.service.capacity())
@@ -71,6 +72,10 @@ impl Obey for Attendance<'_> {
                 return resized;
             }
             Order::Remove { force: false } => return Err(OrderError::InUse),
+            Order::Observe => {
+                let seen = self.observe();
+                self.device().status.observe(Some(seen));
+            }
             Order::Remove { force: true } => {}
         }
         Ok(self.device().service.capacity())

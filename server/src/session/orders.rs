@@ -32,6 +32,8 @@ pub(crate) enum Order {
         /// Even if a client is connected.
         force: bool,
     },
+    /// Tell what is known of the client, in the device's status.
+    Observe,
 }
 
 /// Why an order was not carried out.

@@ -129,6 +129,11 @@ impl MemoryFile {
         self.region.size() == 0
     }
 
+    /// The open file, for those who want to know what it is.
+    pub fn as_file(&self) -> Option<&File> {
+        self.region.file_offset().map(FileOffset::file)
+    }
+
     /// Whether the bytes may be written.
     pub fn writable(&self) -> bool {
         self.identity.writable
