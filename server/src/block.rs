@@ -442,6 +442,10 @@ impl<Q: Virtqueue<Memory: MappedQueue>> QueueTask for BlockQueue<Q> {
         self.in_flight.len()
     }
 
+    fn is_dormant(&self) -> bool {
+        self.backend.is_dormant()
+    }
+
     fn state(&self) -> QueueState {
         match &self.queue {
             Ring::Mapped(queue) => queue.state(),

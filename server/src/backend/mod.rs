@@ -28,6 +28,7 @@ pub mod faults;
 pub mod file;
 pub mod image;
 mod immediate;
+pub mod limits;
 mod lock;
 pub mod memory;
 pub mod nbd;
@@ -188,4 +189,9 @@ pub trait Backend {
     /// Somebody waits for the end of what is in flight: what does not depend on the kernel alone, as on a server that does not
     /// answer, may fail soon.
     fn stop(&mut self) {}
+
+    /// Whether nothing will come of what is in flight before the kernel wakes the thread: to look for it awake is in vain.
+    fn is_dormant(&self) -> bool {
+        false
+    }
 }
