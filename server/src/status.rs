@@ -7,6 +7,8 @@ use nix::sys::socket::getsockopt;
 use nix::sys::socket::sockopt::PeerCredentials;
 use serde::Serialize;
 
+use crate::config::{FabricChoice, RateLimits};
+
 /// The process at the other end of a device's socket, as the kernel knew it when it connected.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 pub(crate) struct Peer {
@@ -31,6 +33,10 @@ pub(crate) struct Status {
     pub(crate) paused: bool,
     /// Its client, if there is one.
     pub(crate) client: Option<Peer>,
+    /// How fast it may be used.
+    pub(crate) limits: Option<RateLimits>,
+    /// What lies before its store.
+    pub(crate) fabric: Option<FabricChoice>,
 }
 
 /// The status of a device, which its session keeps up to date. Nothing on the way of a request touches it.

@@ -6,7 +6,7 @@
 
 use std::fs::{self, File};
 use std::marker::PhantomData;
-use std::num::NonZeroU64;
+use std::num::{NonZeroU16, NonZeroU64};
 use std::path::PathBuf;
 use std::rc::Rc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -18,6 +18,7 @@ use nix::sys::memfd::{MFdFlags, memfd_create};
 use proptest::prelude::*;
 use virtio::memory::{Access, GuestMemory, Mapping, MemoryFile, PinnedBuffers, Release, SharedTable};
 
+use super::fabric::{DistantStore, Fabric};
 use super::faults::{Fault, FaultyStore, Latency, Rule, When};
 use super::file::{Cache, FileOptions, FileStore};
 use super::image::{self, ImageOptions, ImageStore};
@@ -920,6 +921,32 @@ impl Fixture for Limited {
 
 impl KeepsBlocks for Limited {}
 
+/// Memory that is elsewhere.
+struct Distant(DistantStore);
+
+impl Fixture for Distant {
+    fn new(capacity: u64) -> Self {
+        let fabric = Fabric {
+            round_trip: Duration::from_micros(50),
+            jitter: Duration::from_micros(50),
+            bandwidth: NonZeroU64::new(4 << 30),
+            credits: NonZeroU16::new(300),
+            seed: 1,
+        };
+        Self(DistantStore::new(Arc::new(MemoryStore::new(capacity).unwrap()), fabric))
+    }
+
+    fn store(&self) -> &dyn Store {
+        &self.0
+    }
+
+    fn ring(waker: &Waker) -> Uring {
+        Uring::new(waker).unwrap()
+    }
+}
+
+impl KeepsBlocks for Distant {}
+
 contract! {
     memory: MemoryStore, operations blocks;
     null: NullStore, operations;
@@ -938,4 +965,5 @@ contract! {
     overlay_kept_direct: Overlay<true, true>, operations blocks stable;
     late: Late, operations blocks;
     limited: Limited, operations blocks;
+    distant: Distant, operations blocks;
 }

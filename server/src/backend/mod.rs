@@ -24,6 +24,7 @@
 
 #[cfg(test)]
 pub(crate) mod contract;
+pub mod fabric;
 pub mod faults;
 pub mod file;
 pub mod image;

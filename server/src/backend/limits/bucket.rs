@@ -3,14 +3,10 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::Rate;
+use crate::backend::timer::{Moment, time_of};
 
-/// Nanoseconds of a second.
-const SECOND: u128 = 1_000_000_000;
 /// The least that may pass at once, in nanoseconds of the rate: a worker that is woken late by less loses nothing.
 const LEAST_BURST: u64 = 2_000_000;
-
-/// A moment, in nanoseconds since the limits were set.
-pub(super) type Moment = u64;
 
 /// A token bucket, kept as the moment at which all that was taken from it will have been paid for by its rate (the generic
 /// cell rate algorithm, ITU-T I.371). Whoever takes gets a place in line at once, so that those who wait are served in the
@@ -27,7 +23,7 @@ impl Bucket {
     /// A full one. `whole` are the units of a burst that the first taker has for itself: 1 where units are taken one by one,
     /// none where a taker may take any number of them.
     pub(super) fn new(rate: Rate, whole: u64) -> Self {
-        let ahead = nanoseconds(rate.burst.saturating_sub(whole), rate.per_second.get());
+        let ahead = time_of(rate.burst.saturating_sub(whole), rate.per_second.get());
         Self { per_second: rate.per_second.get(), ahead: ahead.max(LEAST_BURST), paid_at: AtomicU64::new(0) }
     }
 
@@ -38,18 +34,12 @@ impl Bucket {
 
     /// Takes units, and says when they may pass. They have been taken even if they pass before that.
     pub(super) fn take(&self, units: u64, now: Moment) -> Moment {
-        let cost = nanoseconds(units, self.per_second);
+        let cost = time_of(units, self.per_second);
         let pay = |paid_at: Moment| Some(paid_at.max(now).saturating_add(cost));
         // Nothing else is told by it: its own order is enough. Cannot fail, as there always is a next.
         let paid_at = self.paid_at.fetch_update(Ordering::Relaxed, Ordering::Relaxed, pay).unwrap_or_else(|same| same);
         paid_at.saturating_sub(self.ahead).max(now)
     }
-}
-
-/// What so many units take at a rate, rounded up: a rate is never exceeded.
-fn nanoseconds(units: u64, per_second: u64) -> u64 {
-    let exact = (u128::from(units) * SECOND).div_ceil(u128::from(per_second.max(1)));
-    u64::try_from(exact).unwrap_or(u64::MAX)
 }
 
 #[cfg(test)]
@@ -96,7 +86,8 @@ mod tests {
                 passed += 1;
                 now += if passed % 10 == 0 { late } else { 0 };
             }
-            let slowest = if late == 0 { 300_000 } else { (10 * 10_000 * MS / late).min(300_000) };
+            // Nobody passes while none comes.
+            let slowest = (10 * 10_000 * MS).checked_div(late).map_or(300_000, |most| most.min(300_000));
             assert!(passed <= 300_000 + 62, "{late}: {passed}");
             assert!(passed >= slowest * 99 / 100, "{late}: {passed} of {slowest}");
         }
@@ -135,6 +126,5 @@ mod tests {
                 bucket.take(0, 0);
             }
         }
-        assert_eq!(nanoseconds(1, 3), 333_333_334);
     }
 }

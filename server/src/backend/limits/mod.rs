@@ -18,11 +18,11 @@ use std::io;
 use std::num::NonZeroU64;
 use std::rc::Rc;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
 
-use bucket::{Bucket, Moment};
+use bucket::Bucket;
 use queue::LimitedBackend;
 
+use super::timer::{Clock, Moment};
 use super::uring::Uring;
 use super::{Backend, Io, Op, Service, Store, StoreInfo};
 
@@ -121,7 +121,7 @@ struct LimitedBy {
 #[derive(Debug)]
 struct Limiter {
     buckets: Vec<LimitedBy>,
-    since: Instant,
+    clock: Clock,
 }
 
 impl Limiter {
@@ -134,11 +134,7 @@ impl Limiter {
                 buckets.extend(rate.map(|rate| LimitedBy { bucket: Bucket::new(rate, whole), unit, reads, writes }));
             }
         }
-        Self { buckets, since: Instant::now() }
-    }
-
-    fn now(&self) -> Moment {
-        u64::try_from(self.since.elapsed().as_nanos()).unwrap_or(u64::MAX)
+        Self { buckets, clock: Clock::new() }
     }
 
     /// Takes what an operation needs, and says when it may go.
@@ -158,9 +154,4 @@ impl Limiter {
         }
         when
     }
-}
-
-/// How long it is until then.
-fn until(when: Moment, now: Moment) -> Duration {
-    Duration::from_nanos(when.saturating_sub(now))
 }

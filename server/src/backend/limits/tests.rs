@@ -1,10 +1,11 @@
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use virtio::memory::PinnedBuffers;
 
 use super::*;
 use crate::backend::contract::{Rig, pattern};
 use crate::backend::memory::MemoryStore;
+use crate::backend::timer::until;
 
 const MIB: u64 = 1 << 20;
 
@@ -61,15 +62,30 @@ fn of_each_queue_one_waits_and_the_rest_are_not_taken() {
     assert!(!rig.backend.is_dormant());
 }
 
+/// Without a clock: as many queues, each of which has one that waits all the time.
 #[test]
-fn queues_that_wait_are_served_in_turn() {
-    let store = store(&Limits { operations: of_all(rate(500, 1)), ..Limits::default() });
+fn those_who_wait_have_their_turns_in_the_order_in_which_they_asked() {
+    let limiter = Limiter::new(&Limits { operations: of_all(rate(1000, 1)), ..Limits::default() });
+    let mut turns = vec![0u32; 5];
+    let mut waiting: Vec<_> = (0..5).map(|queue| (limiter.take(&io(Op::Flush), 0), queue)).collect();
+    for _ in 0..1000 {
+        waiting.sort_unstable();
+        let (now, queue) = waiting[0];
+        turns[queue] += 1;
+        waiting[0].0 = limiter.take(&io(Op::Flush), now);
+    }
+    assert!(turns.iter().all(|turns| *turns == 200), "{turns:?}");
+}
+
+#[test]
+fn a_queue_with_much_to_do_does_not_starve_another() {
+    let store = store(&Limits { operations: of_all(rate(200, 1)), ..Limits::default() });
     let mut greedy = Rig::new(&store);
     let mut modest = Rig::new(&store);
     modest.backend = store.attach(&greedy.ring).unwrap();
     modest.ring = Rc::clone(&greedy.ring);
     let (mut of_greedy, mut of_modest) = (0, 0);
-    while of_greedy + of_modest < 100 {
+    while of_greedy + of_modest < 60 {
         while greedy.submit(Op::Flush, PinnedBuffers::default()).is_ok() {}
         if modest.backend.in_flight() == 0 {
             modest.submit(Op::Flush, PinnedBuffers::default()).unwrap();
@@ -78,7 +94,8 @@ fn queues_that_wait_are_served_in_turn() {
         of_greedy += greedy.reap().len();
         of_modest += modest.reap().len();
     }
-    assert!(of_modest >= 40, "{of_modest} to {of_greedy}");
+    // Half of them, but for bursts of the greedy one's on a machine that is slow.
+    assert!(of_modest >= 15, "{of_modest} to {of_greedy}");
 }
 
 #[test]
@@ -112,7 +129,7 @@ fn who_has_to_end_does_not_wait_for_its_turn_and_pays_later() {
     assert_eq!(rig.finish().len(), 12);
     assert!(begun.elapsed() < Duration::from_secs(2), "nobody waits for all of them");
     // Another queue of the same device: the twelve have to be paid for first.
-    let now = store.limiter.now();
+    let now = store.limiter.clock.now();
     assert!(until(store.limiter.take(&io(Op::Flush), now), now) > Duration::from_secs(4));
 }
 
