@@ -10,10 +10,12 @@ use virtio::block::{InFlight, Limits, Operation, Pending, Request, SECTOR, Share
 use virtio::memory::{GuestMemory, MappedPackedRing, MappedQueue, MappedRing, PinnedBuffers, RingMapError};
 use virtio::queue::{Armed, Head, PackedQueue, Popped, QueueState, Signal, SplitQueue, Virtqueue, Written};
 
-use crate::backend::{Backend, Completion, Full, Io, Op, Store};
+use crate::backend::fabric::Fabric;
+use crate::backend::{Backend, Completion, Full, Io, Op, limits};
 use crate::device::{QueueParts, QueuePlace, QueueService, StartError};
 use crate::metrics::{DeviceMetrics, Kind, Meter};
 use crate::session::Events;
+use crate::store::Layers;
 use crate::worker::{QueueTask, Round, Share, TaskBuilder};
 
 /// Requests that are taken off the ring together, before the first of them is looked into: while one is worked on, the
@@ -24,13 +26,13 @@ const SHARED_ROUND: usize = 4;
 
 /// Makes the tasks of one device's queues.
 pub(crate) struct BlockService {
-    store: Arc<dyn Store>,
+    store: Layers,
     config: Arc<SharedConfig>,
     metrics: Arc<DeviceMetrics>,
 }
 
 impl BlockService {
-    pub(crate) fn new(store: Arc<dyn Store>, config: Arc<SharedConfig>, metrics: Arc<DeviceMetrics>) -> Self {
+    pub(crate) fn new(store: Layers, config: Arc<SharedConfig>, metrics: Arc<DeviceMetrics>) -> Self {
         Self { store, config, metrics }
     }
 }
@@ -45,7 +47,7 @@ impl QueueService for BlockService {
     }
 
     fn flush(&self) -> io::Result<()> {
-        self.store.flush()
+        self.store.outermost().flush()
     }
 
     fn capacity(&self) -> u64 {
@@ -53,9 +55,17 @@ impl QueueService for BlockService {
     }
 
     fn resize(&self, capacity: Option<u64>) -> io::Result<u64> {
-        let capacity = self.store.resize(capacity)?;
+        let capacity = self.store.outermost().resize(capacity)?;
         self.config.set_capacity(capacity / SECTOR);
         Ok(capacity)
+    }
+
+    fn set_limits(&mut self, limits: Option<limits::Limits>) {
+        self.store.set_limits(limits);
+    }
+
+    fn set_fabric(&mut self, fabric: Option<Fabric>) {
+        self.store.set_fabric(fabric);
     }
 }
 
@@ -68,7 +78,7 @@ impl BlockService {
         let QueueParts { index, place, features, state, mut memory, interrupt, events } = parts;
         let ring = Q::Memory::map(&mut memory, place.addresses, place.size)?;
         let queue = Q::new(ring, features, state.unwrap_or(Q::START));
-        let (store, config) = (Arc::clone(&self.store), Arc::clone(&self.config));
+        let (store, config) = (Arc::clone(self.store.outermost()), Arc::clone(&self.config));
         let metrics = self.metrics.queue(index);
         Ok(Box::new(move |ring| {
             let backend = store.attach(ring)?;
@@ -440,6 +450,10 @@ impl<Q: Virtqueue<Memory: MappedQueue>> QueueTask for BlockQueue<Q> {
 
     fn in_flight(&self) -> usize {
         self.in_flight.len()
+    }
+
+    fn is_dormant(&self) -> bool {
+        self.backend.is_dormant()
     }
 
     fn state(&self) -> QueueState {

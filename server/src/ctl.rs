@@ -5,7 +5,10 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 use serde_json::{Value, json};
-use vfio_user_blk::config::{CtlArgs, CtlCommand, DeviceArgs, DeviceConfig, RemoveArgs, ResizeArgs, Size};
+use vfio_user_blk::config::{
+    CtlArgs, CtlCommand, DeviceArgs, DeviceConfig, FabricChoice, RateLimits, RemoveArgs, ResizeArgs, SetFabricArgs,
+    SetLimitsArgs, Size,
+};
 use vfio_user_blk::control::ControlClient;
 
 /// Does it, and prints what came of it.
@@ -42,6 +45,12 @@ fn call(command: &CtlCommand) -> Result<(&'static str, Value)> {
         CtlCommand::Drain(device) => ("device.drain", of(device)),
         CtlCommand::Statistics(device) => ("device.statistics", of(device)),
         CtlCommand::ResetStatistics(device) => ("device.reset_statistics", of(device)),
+        CtlCommand::SetLimits(SetLimitsArgs { device, limits }) => {
+            ("device.set_limits", json!({ "device": device, "limits": limits }))
+        }
+        CtlCommand::SetFabric(SetFabricArgs { device, fabric }) => {
+            ("device.set_fabric", json!({ "device": device, "fabric": fabric }))
+        }
         CtlCommand::Stop => ("server.stop", json!({})),
         CtlCommand::Version => ("version", json!({})),
     })
@@ -81,6 +90,7 @@ fn tell(command: &CtlCommand, result: &Value) -> String {
         }
         CtlCommand::Statistics(_) => statistics(&result["queues"]),
         CtlCommand::ResetStatistics(_) => format!("{name}: counts anew\n"),
+        CtlCommand::SetLimits(_) | CtlCommand::SetFabric(_) => format!("{name}: {}\n", layers(result)),
         CtlCommand::Stop => "the server stops\n".to_owned(),
         CtlCommand::Version => {
             format!("vfio-user-blk {}, control socket {}\n", text(&result["server"]), result["control"])
@@ -90,6 +100,15 @@ fn tell(command: &CtlCommand, result: &Value) -> String {
 
 fn text(value: &Value) -> &str {
     value.as_str().unwrap_or_default()
+}
+
+/// What lies before a device's store, if anything does.
+fn layers(device: &Value) -> String {
+    let limits = serde_json::from_value::<Option<RateLimits>>(device["limits"].clone()).ok().flatten();
+    let fabric = serde_json::from_value::<Option<FabricChoice>>(device["fabric"].clone()).ok().flatten();
+    let limits = limits.map(|limits| format!("limits {limits}"));
+    let all: Vec<_> = limits.into_iter().chain(fabric.map(|fabric| format!("fabric {fabric}"))).collect();
+    if all.is_empty() { "no limits, no fabric".to_owned() } else { all.join("; ") }
 }
 
 /// A row for each counter, a column for each queue.
@@ -123,7 +142,10 @@ fn table(devices: &Value) -> String {
             device["num_queues"].to_string(),
             format!("{state}{read_only}"),
             client,
-            text(&device["description"]).to_owned(),
+            match device["limits"].is_null() && device["fabric"].is_null() {
+                true => text(&device["description"]).to_owned(),
+                false => format!("{}; {}", text(&device["description"]), layers(device)),
+            },
         ]);
     }
     aligned(&rows)
@@ -157,13 +179,15 @@ mod tests {
             { "name": "root", "size": 1 << 30, "num_queues": 4, "paused": false, "read_only": false,
               "client": { "pid": 12, "uid": 107 }, "description": "root.img" },
             { "name": "/run/vfio-user-blk/data.sock", "size": 512, "num_queues": 1, "paused": true, "read_only": true,
-              "client": null, "description": "memory" },
+              "client": null, "description": "memory", "limits": { "iops": 100 },
+              "fabric": { "round_trip": "1ms" } },
         ]);
         let table = table(&devices);
         let lines: Vec<_> = table.lines().collect();
         assert_eq!(lines.len(), 3);
         assert!(lines[1].starts_with("root                          1 GiB      4       in use"), "{table}");
         assert!(lines[1].ends_with("process 12, user 107  root.img"), "{table}");
+        assert!(lines[2].ends_with("memory; limits iops=100; fabric round_trip=1ms"), "{table}");
         assert!(lines[2].contains("512 bytes  1       paused (read-only)  -"), "{table}");
     }
 

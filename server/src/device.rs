@@ -8,6 +8,8 @@ use virtio::memory::{GuestMemory, RingAddresses, RingMapError};
 use virtio::queue::{QueueState, RingFeatures};
 use virtio::transport::VirtioPci;
 
+use crate::backend::fabric::Fabric;
+use crate::backend::limits::Limits;
 use crate::config::{ClientLimits, NumberList, PollPolicy};
 use crate::doorbell_page::DoorbellPage;
 use crate::session::Events;
@@ -56,6 +58,12 @@ pub(crate) trait QueueService: Send {
     /// # Errors
     /// If the storage cannot; it is as before then.
     fn resize(&self, capacity: Option<u64>) -> io::Result<u64>;
+
+    /// Has queues whose tasks are made from now on be used no faster than that. None of its queues runs.
+    fn set_limits(&mut self, limits: Option<Limits>);
+
+    /// Has queues whose tasks are made from now on reach the store over that. None of its queues runs.
+    fn set_fabric(&mut self, fabric: Option<Fabric>);
 }
 
 /// Where the driver has put a queue, and what it looks like there.

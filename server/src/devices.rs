@@ -9,7 +9,7 @@ use std::{io, iter};
 use crossbeam::channel::{Receiver, RecvTimeoutError, bounded};
 
 use crate::backend::Store;
-use crate::config::{DeviceConfig, InvalidServer, ServerConfig};
+use crate::config::{DeviceConfig, FabricConfig, InvalidServer, ServerConfig};
 use crate::listener::Listener;
 use crate::metrics::{DeviceMetrics, Statistics};
 use crate::sandbox::{Entrance, Sandbox, ThreadKind};
@@ -60,6 +60,7 @@ pub(crate) struct Devices {
     iopoll: bool,
     /// When they began to be.
     since: Instant,
+    fabrics: Vec<FabricConfig>,
 }
 
 /// A device as others than its session see it.
@@ -150,6 +151,7 @@ impl Devices {
             workers: config.workers(),
             iopoll: config.devices.iter().any(|device| device.iopoll),
             since: Instant::now(),
+            fabrics: config.fabrics.clone(),
         }
     }
 
@@ -204,7 +206,11 @@ impl Devices {
     /// If it makes no sense, or something that it needs cannot be had.
     pub(crate) fn add(&self, config: &DeviceConfig) -> Result<Handle, AddError> {
         let _alone = self.adding.lock().unwrap_or_else(PoisonError::into_inner);
-        let alone = ServerConfig { workers: Some(self.workers), ..ServerConfig::new(vec![config.clone()]) };
+        let alone = ServerConfig {
+            workers: Some(self.workers),
+            fabrics: self.fabrics.clone(),
+            ..ServerConfig::new(vec![config.clone()])
+        };
         alone.check()?;
         if config.iopoll && !self.iopoll {
             return Err(AddError::NoPolledRings);
@@ -217,7 +223,7 @@ impl Devices {
         if self.sandbox.is_on() && !config.needs_little() {
             return Err(AddError::Sandboxed);
         }
-        let mut opened = open_device(config, &self.entrance, &mut Bases::default())?;
+        let mut opened = open_device(config, &self.fabrics, &self.entrance, &mut Bases::default())?;
         let listener = Listener::bind(config).map_err(OpenError::from)?;
         if let Some(service) = opened.store_service.take() {
             start_service(service, &self.sandbox).map_err(OpenError::Threads)?;
@@ -246,6 +252,11 @@ impl Devices {
             join(removed).map_err(|error| OrderError::Storage(io::Error::other(error.to_string())))?;
         }
         Ok(over)
+    }
+
+    /// Fabrics that have names.
+    pub(crate) fn fabrics(&self) -> &[FabricConfig] {
+        &self.fabrics
     }
 
     /// All of them, in the order in which they came.

@@ -15,7 +15,9 @@ use virtio_bindings::virtio_config::{VIRTIO_F_IN_ORDER, VIRTIO_F_IOMMU_PLATFORM,
 use crate::backend::uring::{SqPoll, UringOptions, Waker};
 use crate::backend::{SECTOR, Service, Store, StoreInfo};
 use crate::block::BlockService;
-use crate::config::{Cache, DeviceConfig, Doorbell, InvalidDevice, InvalidServer, NumberList, ServerConfig, Size};
+use crate::config::{
+    Cache, DeviceConfig, Doorbell, FabricConfig, InvalidDevice, InvalidServer, NumberList, ServerConfig, Size,
+};
 use crate::control::{self, Control};
 use crate::device::Device;
 use crate::devices::Devices;
@@ -26,7 +28,7 @@ use crate::metrics::{self, DeviceMetrics, Responder};
 use crate::sandbox::{Entrance, Sandbox, SandboxError, ThreadKind};
 use crate::session::Stop;
 use crate::status::{SharedStatus, Status};
-use crate::store::{self, Bases, StoreError};
+use crate::store::{self, Bases, Layers, StoreError};
 use crate::worker::{Pool, PoolError, WorkerPlan};
 
 /// The most data segments of a request that we ask drivers to keep to, whatever the size of the queue.
@@ -150,15 +152,18 @@ impl Server {
         // All or nothing: the sockets appear once every store is open.
         let entrance = Entrance::default();
         let mut bases = Bases::default();
-        let mut opened: Vec<_> =
-            config.devices.iter().map(|device| open_device(device, &entrance, &mut bases)).collect::<Result<_, _>>()?;
+        let mut opened: Vec<_> = config
+            .devices
+            .iter()
+            .map(|device| open_device(device, &config.fabrics, &entrance, &mut bases))
+            .collect::<Result<_, _>>()?;
         let listeners: Vec<_> =
             config.devices.iter().map(|device| listen(device, &mut sockets)).collect::<Result<_, _>>()?;
         if config.control_socket.is_some()
             && let Ok(waker) = Waker::new()
             && let Err(error) = store::try_ring(&waker)
         {
-            log::warn!("no device with an image file can be added later: {error}");
+            log::warn!("no device with an image file can be added later, and none be limited: {error}");
         }
         let control = config.control_socket.as_deref().map(|path| match sockets.control(path) {
             Some(socket) => Ok(Listener::inherit(socket, None)),
@@ -282,15 +287,26 @@ pub(crate) fn start_service(service: Service, sandbox: &Sandbox) -> io::Result<(
 }
 
 /// Opens what a device needs, but for its socket. What overlays lie over is among `bases`, or joins them; threads that a store
-/// starts do nothing before `entrance` is open.
+/// starts do nothing before `entrance` is open. Fabrics are called by their names in `fabrics`.
 ///
 /// # Errors
 /// If its description makes no sense, or something cannot be had.
-pub(crate) fn open_device(config: &DeviceConfig, entrance: &Entrance, bases: &mut Bases) -> Result<Opened, OpenError> {
+pub(crate) fn open_device(
+    config: &DeviceConfig,
+    fabrics: &[FabricConfig],
+    entrance: &Entrance,
+    bases: &mut Bases,
+) -> Result<Opened, OpenError> {
     let socket_path = || config.socket_path.clone();
     let invalid = |source| OpenError::Invalid { socket_path: socket_path(), source };
     config.check().map_err(invalid)?;
     let limits = config.limits().map_err(invalid)?;
+    let rates = config.rates.map_or(Ok(None), |rates| rates.limits()).map_err(|error| invalid(error.into()))?;
+    let fabric = config.fabric.as_ref().map(|fabric| fabric.find(fabrics)).transpose();
+    let fabric = fabric.map_err(|error| invalid(error.into()))?;
+    if rates.is_some() || fabric.is_some() {
+        store::try_layers(config)?;
+    }
     let store = store::open(config, entrance, bases)?;
     let info = store.info();
     let store_service = store.service();
@@ -309,7 +325,7 @@ pub(crate) fn open_device(config: &DeviceConfig, entrance: &Entrance, bases: &mu
     options.features |= u64::from(config.in_order()) << VIRTIO_F_IN_ORDER;
     let weak = Arc::downgrade(&store);
     let metrics = Arc::new(DeviceMetrics::new(queues));
-    let service = BlockService::new(store, block.shared(), Arc::clone(&metrics));
+    let service = BlockService::new(Layers::new(store, rates, fabric), block.shared(), Arc::clone(&metrics));
     let features = block.features();
     let function = VirtioPci::new(Box::new(block), &options)
         .map_err(|source| OpenError::Function { socket_path: socket_path(), source })?;
@@ -326,7 +342,8 @@ pub(crate) fn open_device(config: &DeviceConfig, entrance: &Entrance, bases: &mu
     let service = Box::new(service);
     let (poll, queue_workers) = (config.poll(), config.queue_workers.clone());
     let status = Arc::new(SharedStatus::default());
-    status.update(|status| *status = Status { size: info.capacity, ..Status::default() });
+    let (limits_said, fabric) = (config.rates.filter(|_| rates.is_some()), config.fabric.clone());
+    status.update(|status| *status = Status { size: info.capacity, limits: limits_said, fabric, ..Status::default() });
     let device = Device { function, service, poll, queue_workers, doorbell_page, limits, paused: false, status };
     let read_only = config.read_only || info.read_only;
     Ok(Opened { device, description, read_only, store: weak, store_service, metrics })

@@ -7,6 +7,7 @@ use nix::sys::socket::getsockopt;
 use nix::sys::socket::sockopt::PeerCredentials;
 use serde::Serialize;
 
+use crate::config::{FabricChoice, RateLimits};
 use crate::session::Observation;
 
 /// The process at the other end of a device's socket, as the kernel knew it when it connected.
@@ -33,6 +34,10 @@ pub(crate) struct Status {
     pub(crate) paused: bool,
     /// Its client, if there is one.
     pub(crate) client: Option<Peer>,
+    /// How fast it may be used.
+    pub(crate) limits: Option<RateLimits>,
+    /// What lies before its store.
+    pub(crate) fabric: Option<FabricChoice>,
 }
 
 /// The status of a device, which its session keeps up to date. Nothing on the way of a request touches it.

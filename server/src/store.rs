@@ -2,6 +2,7 @@
 
 mod bases;
 mod faults;
+mod layers;
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -20,6 +21,7 @@ use crate::config::{Cache, DeviceConfig, InvalidDevice, OverlayKind, Size, Store
 use crate::sandbox::Entrance;
 
 pub(crate) use bases::Bases;
+pub(crate) use layers::{Layers, Said, SaidFabric, SaidLimits};
 
 /// Why a store cannot be opened.
 #[derive(Debug, thiserror::Error)]
@@ -74,6 +76,14 @@ pub enum StoreError {
     NbdUring {
         /// The export.
         uri: String,
+        /// What is missing, and how to have it.
+        source: UringError,
+    },
+    /// Limits or a fabric without io_uring, whose timers they wait for.
+    #[error("{}: limits and fabric: {source}", socket_path.display())]
+    LayersUring {
+        /// The device's socket.
+        socket_path: PathBuf,
         /// What is missing, and how to have it.
         source: UringError,
     },
@@ -157,12 +167,28 @@ fn check_ring(path: &Path) -> Result<(), StoreError> {
     try_ring(&Waker::new().map_err(StoreError::Descriptor)?).map_err(no_ring)
 }
 
+/// Whether a ring could be had.
+static WENT_WELL: OnceLock<()> = OnceLock::new();
+
+/// Whether rings can be had, as far as was tried.
+pub(crate) fn has_rings() -> bool {
+    WENT_WELL.get().is_some()
+}
+
+/// Tries whether the layers before a store can have what they need.
+///
+/// # Errors
+/// What is missing.
+pub(crate) fn try_layers(config: &DeviceConfig) -> Result<(), StoreError> {
+    let no_ring = |source| StoreError::LayersUring { socket_path: config.socket_path.clone(), source };
+    try_ring(&Waker::new().map_err(StoreError::Descriptor)?).map_err(no_ring)
+}
+
 /// Tries whether rings can be had, until it went well once: in the sandbox, where devices may be added later, nobody can try.
 ///
 /// # Errors
 /// What is missing.
 pub(crate) fn try_ring(waker: &Waker) -> Result<(), UringError> {
-    static WENT_WELL: OnceLock<()> = OnceLock::new();
     if WENT_WELL.get().is_none() {
         Uring::new(waker)?;
         let _already = WENT_WELL.set(());

@@ -6,6 +6,7 @@
 
 use std::fs::{self, File};
 use std::marker::PhantomData;
+use std::num::{NonZeroU16, NonZeroU64};
 use std::path::PathBuf;
 use std::rc::Rc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -17,9 +18,11 @@ use nix::sys::memfd::{MFdFlags, memfd_create};
 use proptest::prelude::*;
 use virtio::memory::{Access, GuestMemory, Mapping, MemoryFile, PinnedBuffers, Release, SharedTable};
 
+use super::fabric::{DistantStore, Fabric};
 use super::faults::{Fault, FaultyStore, Latency, Rule, When};
 use super::file::{Cache, FileOptions, FileStore};
 use super::image::{self, ImageOptions, ImageStore};
+use super::limits::{Budget, LimitedStore, Limits, Rate};
 use super::memory::MemoryStore;
 use super::nbd::NbdStore;
 use super::nbd::testing::{Conduct, Server};
@@ -896,6 +899,54 @@ impl Fixture for Late {
 
 impl KeepsBlocks for Late {}
 
+/// Memory that may be used as fast as can be: what waits is never taken, which a suite that counts on it cannot bear.
+struct Limited(LimitedStore);
+
+impl Fixture for Limited {
+    fn new(capacity: u64) -> Self {
+        let rate = Rate { per_second: NonZeroU64::MAX, burst: 1 };
+        let all = Budget { all: Some(rate), reads: Some(rate), writes: Some(rate) };
+        let limits = Limits { operations: all, bytes: all };
+        Self(LimitedStore::new(Arc::new(MemoryStore::new(capacity).unwrap()), &limits))
+    }
+
+    fn store(&self) -> &dyn Store {
+        &self.0
+    }
+
+    fn ring(waker: &Waker) -> Uring {
+        Uring::new(waker).unwrap()
+    }
+}
+
+impl KeepsBlocks for Limited {}
+
+/// Memory that is elsewhere.
+struct Distant(DistantStore);
+
+impl Fixture for Distant {
+    fn new(capacity: u64) -> Self {
+        let fabric = Fabric {
+            round_trip: Duration::from_micros(50),
+            jitter: Duration::from_micros(50),
+            bandwidth: NonZeroU64::new(4 << 30),
+            credits: NonZeroU16::new(300),
+            seed: 1,
+        };
+        Self(DistantStore::new(Arc::new(MemoryStore::new(capacity).unwrap()), fabric))
+    }
+
+    fn store(&self) -> &dyn Store {
+        &self.0
+    }
+
+    fn ring(waker: &Waker) -> Uring {
+        Uring::new(waker).unwrap()
+    }
+}
+
+impl KeepsBlocks for Distant {}
+
 contract! {
     memory: MemoryStore, operations blocks;
     null: NullStore, operations;
@@ -913,4 +964,6 @@ contract! {
     overlay_kept: Overlay<true, false>, operations blocks stable;
     overlay_kept_direct: Overlay<true, true>, operations blocks stable;
     late: Late, operations blocks;
+    limited: Limited, operations blocks;
+    distant: Distant, operations blocks;
 }

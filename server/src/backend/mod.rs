@@ -24,16 +24,20 @@
 
 #[cfg(test)]
 pub(crate) mod contract;
+pub mod fabric;
 pub mod faults;
 pub mod file;
 pub mod image;
 mod immediate;
+pub mod limits;
 mod lock;
 pub mod memory;
 pub mod nbd;
 pub mod null;
 pub mod overlay;
+mod random;
 mod threads;
+mod timer;
 pub mod uring;
 
 use std::io;
@@ -186,4 +190,9 @@ pub trait Backend {
     /// Somebody waits for the end of what is in flight: what does not depend on the kernel alone, as on a server that does not
     /// answer, may fail soon.
     fn stop(&mut self) {}
+
+    /// Whether nothing will come of what is in flight before the kernel wakes the thread: to look for it awake is in vain.
+    fn is_dormant(&self) -> bool {
+        false
+    }
 }

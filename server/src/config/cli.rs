@@ -130,6 +130,10 @@ mod tests {
         let none = parse(&["--control-socket", "a", "--control-allow", "b", "--control-allow", "c"]).unwrap();
         assert!(none.device.is_none() && none.server.control_allow().len() == 2);
         assert!(parse(&["--control-socket", "a", "--size", "64M"]).is_err(), "a device without a socket");
+        let limited =
+            parse(&["--socket-path", "a", "--limits", "iops=5", "--fabric", "25g-tor"]).unwrap().device.unwrap();
+        assert_eq!(limited.rates, Some("iops=5".parse().unwrap()));
+        assert_eq!(limited.fabric, Some("25g-tor".parse().unwrap()));
         assert!(parse(&["--control-socket", "a", "--socket-path", "b"]).unwrap().device.is_some());
         assert!(parse(&[]).is_err());
         assert!(parse(&["--socket-path", "a", "--size", "big"]).is_err());

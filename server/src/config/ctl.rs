@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::{Args, Subcommand};
 
-use super::{DeviceConfig, Size};
+use super::{DeviceConfig, FabricChoice, RateLimits, Size};
 
 /// Where a server's control socket is expected, for those who do not say.
 pub const DEFAULT_CONTROL_SOCKET: &str = "/run/vfio-user-blk/control.sock";
@@ -47,6 +47,10 @@ pub enum CtlCommand {
     Statistics(DeviceArgs),
     /// Have them count anew; metrics go on as they were
     ResetStatistics(DeviceArgs),
+    /// Set how fast a device may be used, at once, in place of the limits that it has
+    SetLimits(SetLimitsArgs),
+    /// Put a fabric between a device and its store, in place of what is there
+    SetFabric(SetFabricArgs),
     /// Stop the server, after what is in flight
     Stop,
     /// Show the versions of the server and of its control socket
@@ -83,4 +87,26 @@ pub struct ResizeArgs {
     /// Even if that is less than it has, and what lies beyond is lost
     #[arg(long)]
     pub shrink: bool,
+}
+
+/// How fast a device may be used
+#[derive(Clone, Debug, Args)]
+pub struct SetLimitsArgs {
+    /// Its name, its socket, or the file name of that, with or without extension
+    pub device: String,
+
+    /// none, or numbers such as iops=1000,bandwidth=100M, and read_iops, write_iops, read_bandwidth, write_bandwidth, iops_burst,
+    /// bandwidth_burst; what is not named is without limit
+    pub limits: RateLimits,
+}
+
+/// How far away a device's store is to seem
+#[derive(Clone, Debug, Args)]
+pub struct SetFabricArgs {
+    /// Its name, its socket, or the file name of that, with or without extension
+    pub device: String,
+
+    /// none, 25g-tor, 100g-spine, cxl-pool, a [[fabric]] of the server's configuration file, or numbers such as
+    /// round_trip=20us,jitter=2us,bandwidth=3G,credits=128
+    pub fabric: FabricChoice,
 }

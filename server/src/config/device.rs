@@ -5,8 +5,10 @@ use std::path::PathBuf;
 use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
 
+use super::fabric::{FabricChoice, InvalidFabric};
 use super::fault::{FaultConfig, InvalidFault};
 use super::overlay::{InvalidOverlay, OverlayKind};
+use super::rates::{InvalidRates, RateLimits};
 use super::{ClientLimits, NumberList, Size, SocketMode};
 use crate::backend::nbd::NbdUri;
 
@@ -173,6 +175,17 @@ pub struct DeviceConfig {
     /// Name on the control socket and in metrics [default: the path of the socket]
     #[arg(long)]
     pub name: Option<String>,
+
+    /// How fast it may be used: numbers such as iops=1000,bandwidth=100M, and read_iops, write_iops, read_bandwidth,
+    /// write_bandwidth, iops_burst, bandwidth_burst [default: as fast as can be]
+    #[arg(long = "limits", value_name = "LIMITS")]
+    #[serde(rename = "limits")]
+    pub rates: Option<RateLimits>,
+
+    /// What is to lie between the device and its store: 25g-tor, 100g-spine, cxl-pool, a [[fabric]] of the configuration file, or
+    /// numbers such as round_trip=20us,jitter=2us,bandwidth=3G,credits=128 [default: nothing]
+    #[arg(long, value_name = "FABRIC")]
+    pub fabric: Option<FabricChoice>,
 }
 
 /// Where the blocks live.
@@ -320,6 +333,12 @@ pub enum InvalidDevice {
     /// A seed of nothing.
     #[error("fault_seed is for faults; add a [[device.fault]], or leave it out")]
     FaultSeedUnused,
+    /// How fast it may be used.
+    #[error(transparent)]
+    Rates(#[from] InvalidRates),
+    /// What lies before its store.
+    #[error(transparent)]
+    Fabric(#[from] InvalidFabric),
 }
 
 impl DeviceConfig {
@@ -362,6 +381,8 @@ impl DeviceConfig {
             faults: Vec::new(),
             fault_seed: None,
             name: None,
+            rates: None,
+            fabric: None,
         }
     }
 
@@ -411,6 +432,11 @@ impl DeviceConfig {
         }
         if self.fault_seed.is_some() && self.faults.is_empty() {
             return Err(InvalidDevice::FaultSeedUnused);
+        }
+        self.rates.map_or(Ok(None), |rates| rates.limits())?;
+        // Who else is called by name is known to the server.
+        if let Some(own @ FabricChoice::Own(_)) = &self.fabric {
+            own.find(&[])?;
         }
         if let Some(name) = self.name.as_ref().filter(|name| !is_name(name)) {
             return Err(InvalidDevice::Name(name.clone()));

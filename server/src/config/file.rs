@@ -96,7 +96,8 @@ impl ServerConfig {
         let mut sockets = HashSet::new();
         for (number, device) in (1..).zip(&config.devices) {
             let socket_path = device.socket_path.clone();
-            if let Err(source) = device.check() {
+            let fabric = device.fabric.as_ref().map(|fabric| fabric.find(&config.fabrics)).transpose();
+            if let Err(source) = device.check().and(fabric.map(drop).map_err(InvalidDevice::from)) {
                 let line = place::line(text, Some(number), &source.to_string());
                 return Err(ConfigFileError::Device { path: path(), line, number, socket_path, source });
             }
@@ -164,6 +165,8 @@ mod tests {
             max_data_xfer_size = "64K"
             any_memory_file = true
             name = "root"
+            fabric = "100g-spine"
+            limits = { iops = 1000 }
             [[device]]
             socket_path = "b.sock"
             size = 1048576
@@ -195,6 +198,8 @@ mod tests {
         first.max_data_xfer_size = Some(Size(64 << 10));
         first.any_memory_file = true;
         first.name = Some("root".into());
+        first.fabric = Some("100g-spine".parse().unwrap());
+        first.rates = Some("iops=1000".parse().unwrap());
         let mut second = DeviceConfig::new("b.sock");
         second.size = Some(Size(1 << 20));
         let expected = ServerConfig {
@@ -211,6 +216,7 @@ mod tests {
             metrics_remote: true,
             metrics_socket: Some("metrics.sock".into()),
             devices: vec![first, second],
+            fabrics: vec![],
         };
         assert_eq!(config, expected);
     }
@@ -232,6 +238,9 @@ mod tests {
             ("[[device]]\nsocket_path = \"a\"\nqueue_size = 3", "line 3: device 1 (a): queue_size is 3"),
             ("[[device]]\nsocket_path = \"a\"\n[[device]]\nsocket_path = \"a\"", "line 4: device 2"),
             ("[[device]]\nsocket_path = \"a\"\nstore = \"file\"", "line 3: device 1 (a): store"),
+            ("[[device]]\nsocket_path = \"a\"\n[device.limits]\niops = 0", "line 3: device 1 (a): limits: iops is 0"),
+            ("[[device]]\nsocket_path = \"a\"\nfabric = \"b\"", "line 3: device 1 (a): fabric \"b\" is not known"),
+            ("[[device]]\nsocket_path = \"a\"\n[[fabric]]\nname = \"none\"\nround_trip = \"1s\"", "is taken"),
         ] {
             let error = parse(text).unwrap_err().to_string();
             assert!(error.starts_with("test.toml: ") && error.contains(words), "{text:?} gave {error:?}");

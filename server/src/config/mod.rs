@@ -5,12 +5,14 @@ mod cli;
 mod ctl;
 mod device;
 mod doctor;
+mod fabric;
 mod fault;
 mod file;
 mod limits;
 mod numbers;
 mod overlay;
 mod place;
+mod rates;
 mod sandbox;
 mod server;
 mod size;
@@ -19,14 +21,18 @@ mod top;
 
 pub use bench::{BenchArgs, CompletionMode, Kick, Switch, Workload};
 pub use cli::{CheckArgs, Cli, Command, CompletionsArgs, ManArgs, ServeArgs};
-pub use ctl::{CtlArgs, CtlCommand, DEFAULT_CONTROL_SOCKET, DeviceArgs, RemoveArgs, ResizeArgs};
+pub use ctl::{
+    CtlArgs, CtlCommand, DEFAULT_CONTROL_SOCKET, DeviceArgs, RemoveArgs, ResizeArgs, SetFabricArgs, SetLimitsArgs,
+};
 pub use device::{Cache, DeviceConfig, Doorbell, InvalidDevice, PollPolicy, StoreKind};
 pub use doctor::DoctorArgs;
+pub use fabric::{Delay, FabricChoice, FabricConfig, InvalidFabric};
 pub use fault::{Decimal, FaultConfig, FaultKind, FaultOn, InvalidFault, Sectors, Wait};
 pub use file::ConfigFileError;
 pub use limits::ClientLimits;
 pub use numbers::{NumberList, NumberListError};
 pub use overlay::{InvalidOverlay, OverlayKind};
+pub use rates::{InvalidRates, RateLimits};
 pub use sandbox::SandboxMode;
 pub use server::{InvalidServer, ServerConfig};
 pub use size::{Size, SizeError};

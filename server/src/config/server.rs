@@ -7,6 +7,7 @@ use std::thread;
 
 use serde::Deserialize;
 
+use super::fabric::{self, FabricConfig, InvalidFabric};
 use super::{DeviceConfig, NumberList, SandboxMode, SocketMode};
 
 /// More than any machine is for.
@@ -74,6 +75,11 @@ pub struct ServerConfig {
     #[arg(skip)]
     #[serde(rename = "device", default)]
     pub devices: Vec<DeviceConfig>,
+
+    /// Fabrics that devices call by their names.
+    #[arg(skip)]
+    #[serde(rename = "fabric", default)]
+    pub fabrics: Vec<FabricConfig>,
 }
 
 /// Why a server cannot be as it is described. The names are those of the configuration file.
@@ -121,6 +127,9 @@ pub enum InvalidServer {
         /// Threads.
         workers: usize,
     },
+    /// A fabric.
+    #[error(transparent)]
+    Fabric(#[from] InvalidFabric),
 }
 
 impl ServerConfig {
@@ -180,6 +189,10 @@ impl ServerConfig {
             self.metrics_address.filter(|address| !address.ip().is_loopback() && !self.metrics_remote)
         {
             return Err(InvalidServer::MetricsRemote(address));
+        }
+        fabric::check_defined(&self.fabrics)?;
+        for fabric in self.devices.iter().filter_map(|device| device.fabric.as_ref()) {
+            fabric.find(&self.fabrics)?;
         }
         let mut names = HashSet::new();
         for name in self.devices.iter().filter_map(|device| device.name.as_ref()) {

@@ -6,12 +6,13 @@ use serde_json::{Value, json};
 
 use super::rpc::Failure;
 use super::snapshot::Snapshot;
-use crate::config::{DeviceConfig, Size};
+use crate::config::{DeviceConfig, FabricChoice, InvalidFabric, RateLimits, Size};
 use crate::devices::{AddError, Devices, Handle};
 use crate::diagnosis::Diagnosis;
 use crate::server::OpenError;
 use crate::session::{Order, OrderError};
 use crate::status::Status;
+use crate::store::{Said, has_rings};
 
 /// The version of what is said here: raised when something that was understood no longer is.
 const VERSION: u32 = 1;
@@ -29,6 +30,8 @@ const METHODS: &[(&str, Method)] = &[
     ("device.drain", drain),
     ("device.statistics", statistics),
     ("device.reset_statistics", reset_statistics),
+    ("device.set_limits", set_limits),
+    ("device.set_fabric", set_fabric),
     ("server.stop", stop),
     ("server.statistics", all_statistics),
     ("device.diagnose", diagnose),
@@ -68,6 +71,20 @@ struct Resize {
     size: Option<Size>,
     #[serde(default)]
     shrink: bool,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct SetLimits {
+    device: String,
+    limits: Option<RateLimits>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct SetFabric {
+    device: String,
+    fabric: Option<FabricChoice>,
 }
 
 /// A device, as it is told of.
@@ -224,8 +241,44 @@ fn stop(devices: &Devices, given: Value) -> Result<Value, Failure> {
     Ok(json!({}))
 }
 
+fn set_limits(devices: &Devices, given: Value) -> Result<Value, Failure> {
+    let SetLimits { device, limits } = params(given)?;
+    let device = find(devices, &device)?;
+    let said = limits.unwrap_or_default();
+    let limits = said.limits().map_err(|error| Failure::new(Failure::INVALID_DEVICE, error))?;
+    layered(&device, Order::Limit(limits.map(|means| Said { said, means })))
+}
+
+fn set_fabric(devices: &Devices, given: Value) -> Result<Value, Failure> {
+    let SetFabric { device, fabric: said } = params(given)?;
+    let device = find(devices, &device)?;
+    let none = FabricChoice::Named("none".to_owned());
+    let fabric = said.filter(|said| *said != none).map(|said| {
+        let means = said.find(devices.fabrics())?;
+        Ok(Said { said, means })
+    });
+    let fabric = fabric.transpose().map_err(|error: InvalidFabric| Failure::new(Failure::INVALID_DEVICE, error))?;
+    layered(&device, Order::Fabric(fabric))
+}
+
+/// Has layers before a device's store exchanged.
+fn layered(device: &Handle, order: Order) -> Result<Value, Failure> {
+    if !has_rings() {
+        return Err(Failure::new(
+            Failure::SYSTEM,
+            "limits and fabrics need io_uring, which is not available; see the log",
+        ));
+    }
+    device.order(order)?;
+    let Status { limits, fabric, .. } = device.status();
+    let name = fabric.as_ref().map_or("none".to_owned(), ToString::to_string);
+    log::info!("{}: limits {}, fabric {name}, by an operator", device.name, limits.unwrap_or_default());
+    Ok(json!({ "device": device.name, "limits": limits, "fabric": fabric }))
+}
+
 fn ordered(device: &Handle, order: Order) -> Result<Value, Failure> {
+    let ordered = format!("{order:?}");
     let size = device.order(order)?;
-    log::info!("{}: {order:?} by an operator", device.name);
+    log::info!("{}: {ordered} by an operator", device.name);
     Ok(json!({ "device": device.name, "size": size, "paused": device.status().paused }))
 }

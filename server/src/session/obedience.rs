@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 use super::attendance::Attendance;
 use super::orders::{Answer, Order, OrderError, Orders};
 use crate::device::Device;
+use crate::store::{SaidFabric, SaidLimits};
 
 /// How long an order may wait for requests in flight. The client's messages wait as long.
 const REST_LIMIT: Duration = Duration::from_secs(1);
@@ -26,8 +27,9 @@ pub(super) trait Obey {
     fn obey(&mut self, orders: &Orders) -> Obeyed {
         orders.drain();
         while let Some((order, answer)) = orders.pop() {
+            let removes = matches!(order, Order::Remove { .. });
             let result = self.carry_out(order);
-            let removed = result.is_ok() && matches!(order, Order::Remove { .. });
+            let removed = removes && result.is_ok();
             // An operator that has lost its patience does not hear.
             let _gone = answer.send(result);
             if removed {
@@ -48,6 +50,8 @@ impl Obey for Device {
             Order::Resize { capacity, shrink } => return self.resize(capacity, shrink),
             Order::Observe => self.status.observe(None),
             Order::Remove { .. } => {}
+            Order::Limit(limits) => self.set_limits(limits),
+            Order::Fabric(fabric) => self.set_fabric(fabric),
         }
         Ok(self.service.capacity())
     }
@@ -63,14 +67,11 @@ impl Obey for Attendance<'_> {
             Order::Resume => self.resume()?,
             Order::Resize { capacity, shrink } => {
                 // What is in flight keeps to the bounds that it was taken with.
-                let paused = self.device().set_paused(true);
-                self.rest(Instant::now() + REST_LIMIT)?;
-                let resized = self.device().resize(capacity, shrink);
-                if !paused {
-                    self.resume()?;
-                }
-                return resized;
+                return self.at_rest(|device| device.resize(capacity, shrink))?;
             }
+            // Queues are attached to what lies before the store when they are started.
+            Order::Limit(limits) => self.at_rest(|device| device.set_limits(limits))?,
+            Order::Fabric(fabric) => self.at_rest(|device| device.set_fabric(fabric))?,
             Order::Remove { force: false } => return Err(OrderError::InUse),
             Order::Observe => {
                 let seen = self.observe();
@@ -83,6 +84,17 @@ impl Obey for Attendance<'_> {
 }
 
 impl Attendance<'_> {
+    /// Changes the device while none of its queues runs.
+    fn at_rest<R>(&mut self, change: impl FnOnce(&mut Device) -> R) -> Result<R, OrderError> {
+        let paused = self.device().set_paused(true);
+        self.rest(Instant::now() + REST_LIMIT)?;
+        let changed = change(self.device());
+        if !paused {
+            self.resume()?;
+        }
+        Ok(changed)
+    }
+
     fn resume(&mut self) -> Result<(), OrderError> {
         self.rest(Instant::now() + REST_LIMIT)?;
         self.device().set_paused(false);
@@ -96,6 +108,18 @@ impl Device {
     fn set_paused(&mut self, paused: bool) -> bool {
         self.status.update(|status| status.paused = paused);
         std::mem::replace(&mut self.paused, paused)
+    }
+
+    /// Has queues that are started from now on be used no faster than that.
+    fn set_limits(&mut self, limits: Option<SaidLimits>) {
+        self.service.set_limits(limits.as_ref().map(|limits| limits.means));
+        self.status.update(|status| status.limits = limits.map(|limits| limits.said));
+    }
+
+    /// Has queues that are started from now on reach the store over that.
+    fn set_fabric(&mut self, fabric: Option<SaidFabric>) {
+        self.service.set_fabric(fabric.as_ref().map(|fabric| fabric.means));
+        self.status.update(|status| status.fabric = fabric.map(|fabric| fabric.said));
     }
 
     /// Changes its size and tells the driver. No queue runs.

@@ -8,13 +8,15 @@ use std::time::Duration;
 use crossbeam::channel::{Receiver, RecvTimeoutError, Sender, TrySendError, bounded};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
+use crate::store::{SaidFabric, SaidLimits};
+
 /// Orders that may wait for a session; more are refused.
 const MOST_WAITING: usize = 16;
 /// How long an operator waits for an answer: longer than a session may wait for requests in flight.
 const PATIENCE: Duration = Duration::from_secs(10);
 
 /// Something to be done to a device by the thread that serves it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Order {
     /// Take no requests until further notice. The guest sees a slow disk.
     Pause,
@@ -34,6 +36,10 @@ pub(crate) enum Order {
     },
     /// Tell what is known of the client, in the device's status.
     Observe,
+    /// Be used no faster than that.
+    Limit(Option<SaidLimits>),
+    /// Have that before its store.
+    Fabric(Option<SaidFabric>),
 }
 
 /// Why an order was not carried out.

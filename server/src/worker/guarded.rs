@@ -87,6 +87,10 @@ impl QueueTask for Guarded {
         }
     }
 
+    fn is_dormant(&self) -> bool {
+        self.task.as_ref().is_some_and(|task| task.is_dormant())
+    }
+
     fn state(&self) -> QueueState {
         self.task.as_ref().map_or(self.state, |task| task.state())
     }
@@ -191,6 +195,10 @@ mod tests {
         fn in_flight(&self) -> usize {
             self.called(Call::InFlight);
             usize::from(self.read.is_some())
+        }
+
+        fn is_dormant(&self) -> bool {
+            false
         }
 
         fn state(&self) -> QueueState {

@@ -79,6 +79,10 @@ pub(crate) trait QueueTask {
     /// Requests that were taken and not given back.
     fn in_flight(&self) -> usize;
 
+    /// Whether nothing will come of what is in flight before the ring wakes the worker, which need not stay awake for it,
+    /// whatever the policy: nor for more requests, which would only wait behind.
+    fn is_dormant(&self) -> bool;
+
     /// Where it stands in the queue, which is all that it leaves behind when nothing is in flight.
     fn state(&self) -> QueueState;
 
@@ -160,7 +164,7 @@ impl Worker {
             let now = Instant::now();
             let since = *idle_since.get_or_insert(now);
             let idle = now.saturating_duration_since(since);
-            if self.stays_awake(idle) {
+            if self.stays_awake(idle) && !self.is_dormant(idle) {
                 self.start();
                 if patience::spin(now, idle) {
                     self.awake.iter_mut().for_each(|entry| entry.patience.in_the_way());
@@ -177,6 +181,12 @@ impl Worker {
     /// is in flight.
     fn stays_awake(&self, idle: Duration) -> bool {
         self.ring.is_polling() || self.awake.iter().any(|entry| entry.patience.lasts(idle))
+    }
+
+    /// Whether all queues that want the worker awake would wait in vain.
+    fn is_dormant(&self, idle: Duration) -> bool {
+        let in_vain = |entry: &Entry| !entry.patience.lasts(idle) || entry.task.is_dormant();
+        !self.ring.is_polling() && self.awake.iter().all(in_vain)
     }
 
     /// Starts what the queues have left in the ring.
@@ -273,7 +283,10 @@ impl Worker {
         let mut armed = Armed::Sleep;
         let idle = self.awake.extract_if(.., |entry| match entry.task.arm() {
             Armed::Sleep => {
-                entry.patience.sleeps(since);
+                // What ends such a sleep says nothing of when requests come.
+                if !entry.task.is_dormant() {
+                    entry.patience.sleeps(since);
+                }
                 entry.task.in_flight() == 0 && entry.stopping.is_none()
             }
             Armed::Work => {
@@ -350,6 +363,10 @@ mod tests {
 
         fn in_flight(&self) -> usize {
             self.backend.in_flight()
+        }
+
+        fn is_dormant(&self) -> bool {
+            self.backend.is_dormant()
         }
 
         fn state(&self) -> QueueState {

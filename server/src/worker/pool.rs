@@ -244,6 +244,10 @@ mod tests {
             0
         }
 
+        fn is_dormant(&self) -> bool {
+            false
+        }
+
         fn state(&self) -> QueueState {
             QueueState::default()
         }
