@@ -25,7 +25,7 @@ use crate::metrics::{self, DeviceMetrics, Responder};
 use crate::sandbox::{Entrance, Sandbox, SandboxError, ThreadKind};
 use crate::session::Stop;
 use crate::status::{SharedStatus, Status};
-use crate::store::{self, Bases, StoreError};
+use crate::store::{self, Bases, Layers, StoreError};
 use crate::worker::{Pool, PoolError, WorkerPlan};
 
 /// The most data segments of a request that we ask drivers to keep to, whatever the size of the queue.
@@ -221,6 +221,8 @@ pub(crate) struct Opened {
     /// What the store needs a thread for.
     pub(crate) store_service: Option<Service>,
     pub(crate) metrics: Arc<DeviceMetrics>,
+    /// What stands before the store.
+    pub(crate) layers: Layers,
 }
 
 /// What each worker is to be.
@@ -257,7 +259,7 @@ pub(crate) fn open_device(config: &DeviceConfig, entrance: &Entrance, bases: &mu
     let invalid = |source| OpenError::Invalid { socket_path: socket_path(), source };
     config.check().map_err(invalid)?;
     let limits = config.limits().map_err(invalid)?;
-    let store = store::open(config, entrance, bases)?;
+    let (store, layers) = store::open(config, entrance, bases)?;
     let info = store.info();
     let store_service = store.service();
     let queues = config.num_queues().min(store.max_queues());
@@ -295,7 +297,7 @@ pub(crate) fn open_device(config: &DeviceConfig, entrance: &Entrance, bases: &mu
     status.update(|status| *status = Status { size: info.capacity, ..Status::default() });
     let device = Device { function, service, poll, queue_workers, doorbell_page, limits, paused: false, status };
     let read_only = config.read_only || info.read_only;
-    Ok(Opened { device, description, read_only, store: weak, store_service, metrics })
+    Ok(Opened { device, description, read_only, store: weak, store_service, metrics, layers })
 }
 
 /// What the guest is told of a store.

@@ -24,15 +24,20 @@
 
 #[cfg(test)]
 pub(crate) mod contract;
+mod desk;
 pub mod faults;
 pub mod file;
+pub mod hold;
 pub mod image;
 mod immediate;
 mod lock;
 pub mod memory;
+#[cfg(test)]
+mod moody;
 pub mod nbd;
 pub mod null;
 pub mod overlay;
+pub mod power_cut;
 mod random;
 mod threads;
 mod timer;

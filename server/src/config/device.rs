@@ -6,6 +6,7 @@ use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
 
 use super::fault::{FaultConfig, InvalidFault};
+use super::on_error::{InvalidOnError, OnError};
 use super::overlay::{InvalidOverlay, OverlayKind};
 use super::{ClientLimits, NumberList, Size, SocketMode};
 use crate::backend::nbd::NbdUri;
@@ -173,6 +174,23 @@ pub struct DeviceConfig {
     /// Name on the control socket and in metrics [default: the path of the socket]
     #[arg(long)]
     pub name: Option<String>,
+
+    /// What becomes of requests that the storage has failed [default: report]
+    #[arg(long, value_enum)]
+    pub on_error: Option<OnError>,
+
+    /// Seconds for which --on-error retry tries a request again, 1 to 86400 [default: 60]
+    #[arg(long, value_name = "SECONDS")]
+    pub retry_deadline: Option<u32>,
+
+    /// Keep completed writes in memory until they are flushed, to lose them by `ctl power-cut`
+    #[arg(long)]
+    #[serde(default)]
+    pub power_cut: bool,
+
+    /// Most bytes of such writes, 4K to 64G; older ones are written down to make room [default: 64M]
+    #[arg(long, value_name = "SIZE")]
+    pub power_cut_cache: Option<Size>,
 }
 
 /// Where the blocks live.
@@ -320,6 +338,9 @@ pub enum InvalidDevice {
     /// A seed of nothing.
     #[error("fault_seed is for faults; add a [[device.fault]], or leave it out")]
     FaultSeedUnused,
+    /// What becomes of errors, and of power cuts.
+    #[error(transparent)]
+    OnError(#[from] InvalidOnError),
 }
 
 impl DeviceConfig {
@@ -362,6 +383,10 @@ impl DeviceConfig {
             faults: Vec::new(),
             fault_seed: None,
             name: None,
+            on_error: None,
+            retry_deadline: None,
+            power_cut: false,
+            power_cut_cache: None,
         }
     }
 
@@ -406,6 +431,7 @@ impl DeviceConfig {
         }
         self.limits()?;
         self.check_overlay()?;
+        self.check_on_error()?;
         for (number, fault) in (1..).zip(&self.faults) {
             fault.check().map_err(|source| InvalidDevice::Fault { number, source })?;
         }
@@ -463,7 +489,9 @@ impl DeviceConfig {
 
     /// Whether its store is opened without threads of its own, and without more system calls than a plain file takes.
     pub(crate) fn needs_little(&self) -> bool {
-        matches!(self.store_kind(), StoreKind::File | StoreKind::Memory | StoreKind::Null) && self.overlay().is_none()
+        matches!(self.store_kind(), StoreKind::File | StoreKind::Memory | StoreKind::Null)
+            && self.overlay().is_none()
+            && !self.power_cut
     }
 
     /// The store that was named, or that follows from the rest.

@@ -5,6 +5,8 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use super::rpc::Failure;
+use crate::backend::hold::HeldRequests;
+use crate::backend::power_cut::PowerCut;
 use crate::config::{DeviceConfig, Size};
 use crate::devices::{AddError, Devices, Handle};
 use crate::server::OpenError;
@@ -25,6 +27,7 @@ const METHODS: &[(&str, Method)] = &[
     ("device.pause", pause),
     ("device.resume", resume),
     ("device.drain", drain),
+    ("device.power_cut", power_cut),
     ("device.statistics", statistics),
     ("device.reset_statistics", reset_statistics),
     ("server.stop", stop),
@@ -66,6 +69,16 @@ struct Resize {
     shrink: bool,
 }
 
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct PowerCutParams {
+    device: String,
+    #[serde(default)]
+    mode: PowerCut,
+    #[serde(default)]
+    seed: u64,
+}
+
 /// A device, as it is told of.
 #[derive(Serialize)]
 struct Described {
@@ -76,6 +89,8 @@ struct Described {
     read_only: bool,
     #[serde(flatten)]
     status: Status,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    held: Option<HeldRequests>,
 }
 
 impl From<&Handle> for Described {
@@ -87,6 +102,7 @@ impl From<&Handle> for Described {
             num_queues: device.num_queues,
             read_only: device.read_only,
             status: device.status(),
+            held: device.held(),
         }
     }
 }
@@ -173,7 +189,31 @@ fn pause(devices: &Devices, given: Value) -> Result<Value, Failure> {
 
 fn resume(devices: &Devices, given: Value) -> Result<Value, Failure> {
     let Named { device } = params(given)?;
-    ordered(&find(devices, &device)?, Order::Resume)
+    let device = find(devices, &device)?;
+    // First, for a device that is paused comes to rest only then.
+    let again = device.send_again();
+    let mut resumed = ordered(&device, Order::Resume)?;
+    if device.held().is_some() {
+        resumed["sent_again"] = json!(again);
+    }
+    Ok(resumed)
+}
+
+fn power_cut(devices: &Devices, given: Value) -> Result<Value, Failure> {
+    let PowerCutParams { device, mode, seed } = params(given)?;
+    let device = find(devices, &device)?;
+    let no_cache = || {
+        let why = format!(
+            "{}: its power cannot be cut; give it power_cut = true (--power-cut) and start it anew",
+            device.name
+        );
+        Failure::new(Failure::INVALID_DEVICE, why)
+    };
+    let survivors = device.cut_power(mode, seed).ok_or_else(no_cache)??;
+    log::info!("{}: its power was cut by an operator ({mode:?}, seed {seed}): {survivors:?}", device.name);
+    let mut result = serde_json::to_value(survivors).map_err(|error| Failure::new(Failure::SYSTEM, error))?;
+    result["device"] = json!(device.name);
+    Ok(result)
 }
 
 fn drain(devices: &Devices, given: Value) -> Result<Value, Failure> {

@@ -14,6 +14,8 @@ const REST_LIMIT: Duration = Duration::from_secs(1);
 pub(super) enum Obeyed {
     /// The service goes on.
     GoOn,
+    /// The client's time is over.
+    Disconnected,
     /// It ends.
     Removed,
 }
@@ -25,16 +27,21 @@ pub(super) trait Obey {
     /// Carries out what was ordered.
     fn obey(&mut self, orders: &Orders) -> Obeyed {
         orders.drain();
+        let mut obeyed = Obeyed::GoOn;
         while let Some((order, answer)) = orders.pop() {
             let result = self.carry_out(order);
-            let removed = result.is_ok() && matches!(order, Order::Remove { .. });
+            obeyed = match order {
+                Order::Remove { .. } if result.is_ok() => Obeyed::Removed,
+                Order::Disconnect => Obeyed::Disconnected,
+                _ => obeyed,
+            };
             // An operator that has lost its patience does not hear.
             let _gone = answer.send(result);
-            if removed {
-                return Obeyed::Removed;
+            if obeyed == Obeyed::Removed {
+                break;
             }
         }
-        Obeyed::GoOn
+        obeyed
     }
 }
 
@@ -46,7 +53,7 @@ impl Obey for Device {
                 self.set_paused(order == Order::Pause);
             }
             Order::Resize { capacity, shrink } => return self.resize(capacity, shrink),
-            Order::Remove { .. } => {}
+            Order::Disconnect | Order::Remove { .. } => {}
         }
         Ok(self.service.capacity())
     }
@@ -59,6 +66,8 @@ impl Obey for Attendance<'_> {
                 self.device().set_paused(true);
                 self.rest(Instant::now() + REST_LIMIT)?;
             }
+            // Without a stop if there was none: what its storage holds back would not end in time.
+            Order::Resume if !self.device().paused => self.start_again(),
             Order::Resume => self.resume()?,
             Order::Resize { capacity, shrink } => {
                 // What is in flight keeps to the bounds that it was taken with.
@@ -71,7 +80,7 @@ impl Obey for Attendance<'_> {
                 return resized;
             }
             Order::Remove { force: false } => return Err(OrderError::InUse),
-            Order::Remove { force: true } => {}
+            Order::Disconnect | Order::Remove { force: true } => {}
         }
         Ok(self.device().service.capacity())
     }
