@@ -445,6 +445,9 @@ impl<Q: Virtqueue<Memory: MappedQueue>> QueueTask for BlockQueue<Q> {
 
     fn stop(&mut self) {
         self.accepting = false;
+    }
+
+    fn hurry(&mut self) {
         self.backend.stop();
     }
 

@@ -6,8 +6,8 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result};
 use serde_json::{Value, json};
 use vfio_user_blk::config::{
-    CtlArgs, CtlCommand, DeviceArgs, DeviceConfig, FabricChoice, RateLimits, RemoveArgs, ResizeArgs, SetFabricArgs,
-    SetLimitsArgs, Size,
+    CtlArgs, CtlCommand, DeviceArgs, DeviceConfig, FabricChoice, PowerCutArgs, RateLimits, RemoveArgs, ResizeArgs,
+    SetFabricArgs, SetLimitsArgs, Size,
 };
 use vfio_user_blk::control::ControlClient;
 
@@ -51,6 +51,9 @@ fn call(command: &CtlCommand) -> Result<(&'static str, Value)> {
         CtlCommand::SetFabric(SetFabricArgs { device, fabric }) => {
             ("device.set_fabric", json!({ "device": device, "fabric": fabric }))
         }
+        CtlCommand::PowerCut(PowerCutArgs { device, mode, seed }) => {
+            ("device.power_cut", json!({ "device": device, "mode": mode, "seed": seed }))
+        }
         CtlCommand::Stop => ("server.stop", json!({})),
         CtlCommand::Version => ("version", json!({})),
     })
@@ -84,7 +87,13 @@ fn tell(command: &CtlCommand, result: &Value) -> String {
         CtlCommand::Remove(_) => format!("{name}: removed, but its storage is still at work; see the server's log\n"),
         CtlCommand::Resize(_) => format!("{name}: {}\n", size()),
         CtlCommand::Pause(_) => format!("{name}: paused; vfio-user-blk ctl resume {name} has it go on\n"),
-        CtlCommand::Resume(_) => format!("{name}: takes requests\n"),
+        CtlCommand::Resume(_) => match result["sent_again"].as_u64() {
+            None | Some(0) => format!("{name}: takes requests\n"),
+            Some(again) => format!(
+                "{name}: takes requests; {again} that had failed are sent again: vfio-user-blk ctl list shows what fails once more\n"
+            ),
+        },
+        CtlCommand::PowerCut(_) => survivors(name, result),
         CtlCommand::Drain(_) => {
             format!("{name}: paused, and all that it has completed is on stable storage; resume it when you are done\n")
         }
@@ -123,13 +132,28 @@ fn statistics(queues: &Value) -> String {
     aligned(&rows)
 }
 
+/// What a power cut has left.
+fn survivors(name: &str, result: &Value) -> String {
+    let (unflushed, whole) = (&result["unflushed"], &result["whole"]);
+    let torn = match &result["torn_sectors"] {
+        Value::Null => String::new(),
+        sectors => format!(", and {sectors} sectors of the next"),
+    };
+    format!(
+        "{name}: its power was cut: of {unflushed} writes that were not flushed {whole} survive{torn}; \
+         start its machine anew\n"
+    )
+}
+
 fn table(devices: &Value) -> String {
     let mut rows = vec![["DEVICE", "SIZE", "QUEUES", "STATE", "CLIENT", "WHAT"].map(str::to_owned).to_vec()];
     for device in devices.as_array().into_iter().flatten() {
+        let held = &device["held"];
         let state = match (device["paused"] == true, device["client"].is_null()) {
-            (true, _) => "paused",
-            (false, true) => "waits",
-            (false, false) => "in use",
+            _ if held["error"].is_string() => format!("holds {}: {}", held["requests"], text(&held["error"])),
+            (true, _) => "paused".to_owned(),
+            (false, true) => "waits".to_owned(),
+            (false, false) => "in use".to_owned(),
         };
         let client = match &device["client"] {
             Value::Null => "-".to_owned(),

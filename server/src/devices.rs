@@ -9,6 +9,8 @@ use std::{io, iter};
 use crossbeam::channel::{Receiver, RecvTimeoutError, bounded};
 
 use crate::backend::Store;
+use crate::backend::hold::HeldRequests;
+use crate::backend::power_cut::{PowerCut, Survivors};
 use crate::config::{DeviceConfig, FabricConfig, InvalidServer, ServerConfig};
 use crate::listener::Listener;
 use crate::metrics::{DeviceMetrics, Statistics};
@@ -16,7 +18,7 @@ use crate::sandbox::{Entrance, Sandbox, ThreadKind};
 use crate::server::{OpenError, Opened, ServeError, open_device, start_service};
 use crate::session::{Observation, Operator, Order, OrderError, Session, Stop, orders};
 use crate::status::{SharedStatus, Status};
-use crate::store::Bases;
+use crate::store::{Bases, BuiltIn};
 use crate::worker::Pool;
 
 /// A session's stack: it recurses nowhere, and there may be a thousand.
@@ -85,6 +87,8 @@ pub(crate) struct Handle {
     store: Weak<dyn Store>,
     /// As it was described.
     pub(crate) config: Arc<DeviceConfig>,
+    /// What stands before that.
+    built_in: BuiltIn,
 }
 
 impl Handle {
@@ -95,6 +99,24 @@ impl Handle {
     pub(crate) fn observe(&self) -> Result<Option<Observation>, OrderError> {
         self.order(Order::Observe)?;
         Ok(self.status.observation())
+    }
+
+    /// Requests that its storage has failed and that wait; `None` if it reports failures.
+    pub(crate) fn held(&self) -> Option<HeldRequests> {
+        self.built_in.held.as_ref().map(|held| held.requests())
+    }
+
+    /// Has them sent again; says how many there were.
+    pub(crate) fn send_again(&self) -> usize {
+        self.built_in.held.as_ref().map_or(0, |held| held.resume())
+    }
+
+    /// Cuts its power, and disconnects its client; `None` if it has no cache to lose.
+    pub(crate) fn cut_power(&self, cut: PowerCut, seed: u64) -> Option<Result<Survivors, OrderError>> {
+        let cache = self.built_in.power.as_ref()?;
+        let Some(cache) = cache.upgrade() else { return Some(Err(OrderError::Gone)) };
+        let survivors = cache.cut(cut, seed).map_err(OrderError::Storage);
+        Some(survivors.and_then(|survivors| self.order(Order::Disconnect).map(|_| survivors)))
     }
 
     /// How it is now.
@@ -169,7 +191,7 @@ impl Devices {
     /// # Errors
     /// If there can be no thread for it.
     pub(crate) fn serve(&self, config: &DeviceConfig, opened: Opened, listener: Listener) -> io::Result<()> {
-        let Opened { device, description, read_only, store, store_service: _, metrics } = opened;
+        let Opened { device, description, read_only, store, store_service: _, metrics, built_in } = opened;
         let socket_path = listener.path().to_owned();
         let (operator, orders) = orders()?;
         let handle = Handle {
@@ -184,6 +206,7 @@ impl Devices {
             metrics,
             baseline: Arc::default(),
             config: Arc::new(config.clone()),
+            built_in,
         };
         let session = Session::new(device, listener, Arc::clone(&self.pool), Arc::clone(&self.stop), orders);
         let sandbox = self.sandbox.clone();

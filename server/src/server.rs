@@ -28,7 +28,7 @@ use crate::metrics::{self, DeviceMetrics, Responder};
 use crate::sandbox::{Entrance, Sandbox, SandboxError, ThreadKind};
 use crate::session::Stop;
 use crate::status::{SharedStatus, Status};
-use crate::store::{self, Bases, Layers, StoreError};
+use crate::store::{self, Bases, BuiltIn, Layers, StoreError};
 use crate::worker::{Pool, PoolError, WorkerPlan};
 
 /// The most data segments of a request that we ask drivers to keep to, whatever the size of the queue.
@@ -248,6 +248,8 @@ pub(crate) struct Opened {
     /// What the store needs a thread for.
     pub(crate) store_service: Option<Service>,
     pub(crate) metrics: Arc<DeviceMetrics>,
+    /// What stands before the store.
+    pub(crate) built_in: BuiltIn,
 }
 
 /// What each worker is to be.
@@ -307,7 +309,7 @@ pub(crate) fn open_device(
     if rates.is_some() || fabric.is_some() {
         store::try_layers(config)?;
     }
-    let store = store::open(config, entrance, bases)?;
+    let (store, built_in) = store::open(config, entrance, bases)?;
     let info = store.info();
     let store_service = store.service();
     let queues = config.num_queues().min(store.max_queues());
@@ -346,7 +348,7 @@ pub(crate) fn open_device(
     status.update(|status| *status = Status { size: info.capacity, limits: limits_said, fabric, ..Status::default() });
     let device = Device { function, service, poll, queue_workers, doorbell_page, limits, paused: false, status };
     let read_only = config.read_only || info.read_only;
-    Ok(Opened { device, description, read_only, store: weak, store_service, metrics })
+    Ok(Opened { device, description, read_only, store: weak, store_service, metrics, built_in })
 }
 
 /// What the guest is told of a store.

@@ -1,6 +1,10 @@
 //! Where a device's blocks live, as its description says.
+//!
+//! On its way from the guest an operation meets, in this order: what holds back errors (`on_error`), what goes wrong on purpose
+//! (`fault`), the cache that a power cut empties (`power_cut`), and the store.
 
 mod bases;
+mod built_in;
 mod faults;
 mod layers;
 
@@ -21,6 +25,7 @@ use crate::config::{Cache, DeviceConfig, InvalidDevice, OverlayKind, Size, Store
 use crate::sandbox::Entrance;
 
 pub(crate) use bases::Bases;
+pub(crate) use built_in::BuiltIn;
 pub(crate) use layers::{Layers, Said, SaidFabric, SaidLimits};
 
 /// Why a store cannot be opened.
@@ -71,6 +76,14 @@ pub enum StoreError {
     /// An NBD store without an export.
     #[error(transparent)]
     NoUri(#[from] InvalidDevice),
+    /// A cache to be cut off.
+    #[error("{}: power_cut: cannot have a cache: {source}", socket_path.display())]
+    PowerCut {
+        /// The device's socket.
+        socket_path: PathBuf,
+        /// What the system said.
+        source: io::Error,
+    },
     /// An NBD store without io_uring.
     #[error("{uri}: {source}")]
     NbdUring {
@@ -89,7 +102,7 @@ pub enum StoreError {
     },
 }
 
-/// Opens it; what overlays lie over is among `bases`, or joins them. Threads that it starts do nothing before `entrance` is
+/// Opens it, with what stands before it; what overlays lie over is among `bases`, or joins them. Threads that it starts do nothing before `entrance` is
 /// open.
 ///
 /// # Errors
@@ -98,8 +111,8 @@ pub(crate) fn open(
     config: &DeviceConfig,
     entrance: &Entrance,
     bases: &mut Bases,
-) -> Result<Arc<dyn Store>, StoreError> {
-    Ok(faults::with_faults(open_overlay(config, entrance, bases)?, config))
+) -> Result<(Arc<dyn Store>, BuiltIn), StoreError> {
+    built_in::with_layers(open_overlay(config, entrance, bases)?, config, entrance)
 }
 
 /// A store with nothing in front of it, which may be an overlay.

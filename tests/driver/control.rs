@@ -34,12 +34,12 @@ fn operator(server: &Served) -> ControlClient {
     ControlClient::connect(&server.folder().join("control.sock")).unwrap()
 }
 
-fn done(operator: &mut ControlClient, method: &str, params: Value) -> Value {
+pub(crate) fn done(operator: &mut ControlClient, method: &str, params: Value) -> Value {
     operator.call(method, &params).unwrap_or_else(|error| panic!("{method} {params}: {error}"))
 }
 
 /// What a call is refused for: the code, and the words.
-fn refused(operator: &mut ControlClient, method: &str, params: Value) -> (i32, String) {
+pub(crate) fn refused(operator: &mut ControlClient, method: &str, params: Value) -> (i32, String) {
     match operator.call(method, &params) {
         Err(CallError::Refused { code, message }) => (code, message),
         other => panic!("{method} {params}: {other:?}"),

@@ -16,6 +16,7 @@ mod linux;
 mod machines;
 mod read_only;
 mod reset;
+mod storage;
 
 use std::fs::File;
 use std::path::{Path, PathBuf};

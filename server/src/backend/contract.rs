@@ -21,6 +21,7 @@ use virtio::memory::{Access, GuestMemory, Mapping, MemoryFile, PinnedBuffers, Re
 use super::fabric::{DistantStore, Fabric};
 use super::faults::{Fault, FaultyStore, Latency, Rule, When};
 use super::file::{Cache, FileOptions, FileStore};
+use super::hold::{HoldStore, OnError};
 use super::image::{self, ImageOptions, ImageStore};
 use super::limits::{Budget, LimitedStore, Limits, Rate};
 use super::memory::MemoryStore;
@@ -28,6 +29,7 @@ use super::nbd::NbdStore;
 use super::nbd::testing::{Conduct, Server};
 use super::null::NullStore;
 use super::overlay::{self, OverlayOptions, OverlayStore, Place};
+use super::power_cut::PowerCutStore;
 use super::uring::{SqPoll, Uring, UringOptions, Waker};
 use super::{Backend, Completion, Full, Io, Op, Store};
 use crate::sandbox::Entrance;
@@ -947,6 +949,65 @@ impl Fixture for Distant {
 
 impl KeepsBlocks for Distant {}
 
+/// Memory that fails now and then, before which all is tried again.
+struct Retried(HoldStore);
+
+impl Fixture for Retried {
+    fn new(capacity: u64) -> Self {
+        let fails = |when| Rule { kinds: Vec::new(), sectors: None, when, fault: Fault::Error(libc::EIO) };
+        let rules = vec![fails(When::Every(50)), fails(When::Probability(0.01))];
+        let faulty = FaultyStore::new(Arc::new(MemoryStore::new(capacity).unwrap()), rules, 1);
+        Self(HoldStore::new(Arc::new(faulty), OnError::Retry(Duration::from_secs(60)), "retried"))
+    }
+
+    fn store(&self) -> &dyn Store {
+        &self.0
+    }
+
+    fn ring(waker: &Waker) -> Uring {
+        Uring::new(waker).unwrap()
+    }
+}
+
+impl KeepsBlocks for Retried {}
+
+/// A file before which errors would be held, if there were any; or a cache that a power cut empties.
+struct Before<const POWER_CUT: bool> {
+    store: Box<dyn Store>,
+    path: PathBuf,
+    _dir: tempfile::TempDir,
+}
+
+impl<const POWER_CUT: bool> Fixture for Before<POWER_CUT> {
+    fn new(capacity: u64) -> Self {
+        let StoredFile::<true> { store, path, _dir, .. } = Fixture::new(capacity);
+        let file: Arc<dyn Store> = Arc::new(store);
+        let store: Box<dyn Store> = if POWER_CUT {
+            // So small that it is often full.
+            Box::new(PowerCutStore::new(file, 64 << 10, &image::testing::open_entrance()).unwrap())
+        } else {
+            Box::new(HoldStore::new(file, OnError::Hold, "held"))
+        };
+        Self { store, path, _dir }
+    }
+
+    fn store(&self) -> &dyn Store {
+        &*self.store
+    }
+
+    fn ring(waker: &Waker) -> Uring {
+        Uring::new(waker).unwrap()
+    }
+}
+
+impl<const POWER_CUT: bool> KeepsBlocks for Before<POWER_CUT> {}
+
+impl<const POWER_CUT: bool> IsStable for Before<POWER_CUT> {
+    fn stored(&self) -> Vec<u8> {
+        fs::read(&self.path).unwrap()
+    }
+}
+
 contract! {
     memory: MemoryStore, operations blocks;
     null: NullStore, operations;
@@ -966,4 +1027,7 @@ contract! {
     late: Late, operations blocks;
     limited: Limited, operations blocks;
     distant: Distant, operations blocks;
+    retried: Retried, operations blocks;
+    held_file: Before<false>, operations blocks stable;
+    power_cut_file: Before<true>, operations blocks stable;
 }

@@ -24,17 +24,22 @@
 
 #[cfg(test)]
 pub(crate) mod contract;
+mod desk;
 pub mod fabric;
 pub mod faults;
 pub mod file;
+pub mod hold;
 pub mod image;
 mod immediate;
 pub mod limits;
 mod lock;
 pub mod memory;
+#[cfg(test)]
+mod moody;
 pub mod nbd;
 pub mod null;
 pub mod overlay;
+pub mod power_cut;
 mod random;
 mod threads;
 mod timer;

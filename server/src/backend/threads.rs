@@ -4,21 +4,18 @@ use std::any::Any;
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::rc::Rc;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
-use std::time::Instant;
 
 use crossbeam::channel::{Receiver, Sender, bounded, select, unbounded};
 use virtio::memory::PinnedBuffers;
 
+use super::desk::{Desk, Queue};
 use super::immediate::Execute;
-use super::uring::{Elsewhere, Uring, Waker};
-use super::{Backend, Completion, Full, Io, Op};
+use super::uring::Uring;
+use super::{Backend, Io, Op};
 use crate::sandbox::{Entrance, Sandbox, ThreadKind};
-
-/// Operations in flight on one backend, at most, as on a ring.
-const SLOTS: usize = 1024;
 
 /// Threads of one store, shared by all of its queues. Dropped, they end after what they were given.
 #[derive(Debug)]
@@ -64,8 +61,13 @@ impl Threads {
     /// One queue's access.
     pub(super) fn attach(&self, ring: &Rc<Uring>) -> io::Result<Box<dyn Backend>> {
         let jobs = self.jobs.clone().ok_or_else(gone)?;
-        let desk = Arc::new(Desk { papers: Mutex::default(), over: Condvar::new(), waker: ring.waker().clone() });
-        Ok(Box::new(Queue { jobs, desk, ring: Rc::clone(ring), in_flight: 0 }))
+        // Not refused as long as there is a thread, and they end with the store.
+        let hand_in = move |io, desk| jobs.send(Job::Do(io, desk)).map_err(|error| error.into_inner());
+        Ok(Box::new(Queue::new(ring, move |io, desk| {
+            if let Err(Job::Do(io, desk)) = hand_in(io, desk) {
+                desk.receive(io, |_| Err(gone()));
+            }
+        })))
     }
 
     /// Has one of the threads flush the store, and waits for it.
@@ -139,122 +141,15 @@ pub(super) fn message(panic: &(dyn Any + Send)) -> &str {
     text.or_else(|| panic.downcast_ref::<String>().map(String::as_str)).unwrap_or("without a message")
 }
 
-/// Where threads leave what they have done for one queue.
-#[derive(Debug)]
-struct Desk {
-    papers: Mutex<Papers>,
-    /// Nothing is left to be done.
-    over: Condvar,
-    waker: Waker,
-}
-
-#[derive(Debug, Default)]
-struct Papers {
-    /// Operations that a thread has, or that wait for one.
-    open: usize,
-    done: Vec<Completion>,
-    /// Nobody will take what is done.
-    abandoned: bool,
-}
-
-impl Desk {
-    fn papers(&self) -> MutexGuard<'_, Papers> {
-        self.papers.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Does an operation that was handed in here, unless nobody wants it any more.
-    fn receive(&self, io: Box<Io>, execute: impl FnOnce(&Io) -> io::Result<()>) {
-        let mut completion = Some(Completion { result: Ok(()), io });
-        if let Some(completion) = &mut completion
-            && !self.papers().abandoned
-        {
-            completion.result = execute(&completion.io);
-        }
-        let mut papers = self.papers();
-        if papers.abandoned {
-            // Its memory is free before it counts as over.
-            drop(completion.take());
-        }
-        papers.open = papers.open.saturating_sub(1);
-        // One wake is enough for all that is there when the worker comes.
-        let wake = if papers.abandoned { papers.open == 0 } else { papers.done.is_empty() };
-        papers.done.extend(completion);
-        if papers.open == 0 {
-            self.over.notify_all();
-        }
-        drop(papers);
-        if wake {
-            self.waker.wake();
-        }
-    }
-}
-
-impl Elsewhere for Desk {
-    fn is_over(&self) -> bool {
-        self.papers().open == 0
-    }
-
-    fn wait_until(&self, deadline: Instant) -> bool {
-        let left = deadline.saturating_duration_since(Instant::now());
-        let waited = self.over.wait_timeout_while(self.papers(), left, |papers| papers.open > 0);
-        waited.unwrap_or_else(PoisonError::into_inner).0.open == 0
-    }
-}
-
-/// One queue's access to the threads.
-struct Queue {
-    jobs: Sender<Job>,
-    desk: Arc<Desk>,
-    ring: Rc<Uring>,
-    in_flight: usize,
-}
-
-impl Backend for Queue {
-    fn submit(&mut self, io: Box<Io>) -> Result<(), Full> {
-        if self.in_flight == SLOTS {
-            return Err(Full(io));
-        }
-        self.desk.papers().open += 1;
-        if let Err(error) = self.jobs.send(Job::Do(io, Arc::clone(&self.desk))) {
-            // Not as long as there is a thread, and they end with the store. But an operation comes back in any case.
-            if let Job::Do(io, desk) = error.into_inner() {
-                desk.receive(io, |_| Err(gone()));
-            }
-        }
-        self.in_flight += 1;
-        Ok(())
-    }
-
-    fn reap(&mut self, done: &mut Vec<Completion>) {
-        let before = done.len();
-        done.append(&mut self.desk.papers().done);
-        self.in_flight = self.in_flight.saturating_sub(done.len() - before);
-    }
-
-    fn in_flight(&self) -> usize {
-        self.in_flight
-    }
-}
-
-impl Drop for Queue {
-    fn drop(&mut self) {
-        let mut papers = self.desk.papers();
-        papers.abandoned = true;
-        papers.done.clear();
-        if papers.open > 0 {
-            drop(papers);
-            self.ring.leave(Arc::clone(&self.desk) as Arc<dyn Elsewhere>);
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
-    use std::sync::mpsc;
-    use std::time::Duration;
+    use std::sync::{Mutex, mpsc};
+    use std::time::{Duration, Instant};
 
     use super::*;
+    use crate::backend::Completion;
     use crate::backend::contract::Guest;
+    use crate::backend::uring::Waker;
     use crate::config::SandboxMode;
 
     /// Guards against hanging only.

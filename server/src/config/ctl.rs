@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use clap::{Args, Subcommand};
 
 use super::{DeviceConfig, FabricChoice, RateLimits, Size};
+use crate::backend::power_cut::PowerCut;
 
 /// Where a server's control socket is expected, for those who do not say.
 pub const DEFAULT_CONTROL_SOCKET: &str = "/run/vfio-user-blk/control.sock";
@@ -39,7 +40,7 @@ pub enum CtlCommand {
     Resize(ResizeArgs),
     /// Have a device take no requests: its guest sees a slow disk
     Pause(DeviceArgs),
-    /// Have it take requests again
+    /// Have it take requests again, and send those again that its storage has failed
     Resume(DeviceArgs),
     /// Pause a device, and put what it has completed on stable storage: its image can be copied until it is resumed
     Drain(DeviceArgs),
@@ -51,6 +52,9 @@ pub enum CtlCommand {
     SetLimits(SetLimitsArgs),
     /// Put a fabric between a device and its store, in place of what is there
     SetFabric(SetFabricArgs),
+    /// Cut a device's power, which it was given power_cut for: its client is disconnected, and the next one finds what was
+    /// flushed, and of the rest what survives
+    PowerCut(PowerCutArgs),
     /// Stop the server, after what is in flight
     Stop,
     /// Show the versions of the server and of its control socket
@@ -109,4 +113,19 @@ pub struct SetFabricArgs {
     /// none, 25g-tor, 100g-spine, cxl-pool, a [[fabric]] of the server's configuration file, or numbers such as
     /// round_trip=20us,jitter=2us,bandwidth=3G,credits=128
     pub fabric: FabricChoice,
+}
+
+/// Which device loses its power
+#[derive(Clone, Debug, Args)]
+pub struct PowerCutArgs {
+    /// Its name, its socket, or the file name of that, with or without extension
+    pub device: String,
+
+    /// What becomes of completed writes that were not flushed
+    #[arg(long, value_enum, default_value_t)]
+    pub mode: PowerCut,
+
+    /// Where the choice of what survives starts: the same writes and the same seed leave the same
+    #[arg(long, value_name = "N", default_value_t)]
+    pub seed: u64,
 }

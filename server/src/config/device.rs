@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use super::fabric::{FabricChoice, InvalidFabric};
 use super::fault::{FaultConfig, InvalidFault};
+use super::on_error::{InvalidOnError, OnError};
 use super::overlay::{InvalidOverlay, OverlayKind};
 use super::rates::{InvalidRates, RateLimits};
 use super::{ClientLimits, NumberList, Size, SocketMode};
@@ -186,6 +187,23 @@ pub struct DeviceConfig {
     /// numbers such as round_trip=20us,jitter=2us,bandwidth=3G,credits=128 [default: nothing]
     #[arg(long, value_name = "FABRIC")]
     pub fabric: Option<FabricChoice>,
+
+    /// What becomes of requests that the storage has failed [default: report]
+    #[arg(long, value_enum)]
+    pub on_error: Option<OnError>,
+
+    /// Seconds for which --on-error retry tries a request again, 1 to 86400 [default: 60]
+    #[arg(long, value_name = "SECONDS")]
+    pub retry_deadline: Option<u32>,
+
+    /// Keep completed writes in memory until they are flushed, to lose them by `ctl power-cut`
+    #[arg(long)]
+    #[serde(default)]
+    pub power_cut: bool,
+
+    /// Most bytes of such writes, 4K to 64G; older ones are written down to make room [default: 64M]
+    #[arg(long, value_name = "SIZE")]
+    pub power_cut_cache: Option<Size>,
 }
 
 /// Where the blocks live.
@@ -339,6 +357,9 @@ pub enum InvalidDevice {
     /// What lies before its store.
     #[error(transparent)]
     Fabric(#[from] InvalidFabric),
+    /// What becomes of errors, and of power cuts.
+    #[error(transparent)]
+    OnError(#[from] InvalidOnError),
 }
 
 impl DeviceConfig {
@@ -383,6 +404,10 @@ impl DeviceConfig {
             name: None,
             rates: None,
             fabric: None,
+            on_error: None,
+            retry_deadline: None,
+            power_cut: false,
+            power_cut_cache: None,
         }
     }
 
@@ -427,6 +452,7 @@ impl DeviceConfig {
         }
         self.limits()?;
         self.check_overlay()?;
+        self.check_on_error()?;
         for (number, fault) in (1..).zip(&self.faults) {
             fault.check().map_err(|source| InvalidDevice::Fault { number, source })?;
         }
@@ -489,7 +515,9 @@ impl DeviceConfig {
 
     /// Whether its store is opened without threads of its own, and without more system calls than a plain file takes.
     pub(crate) fn needs_little(&self) -> bool {
-        matches!(self.store_kind(), StoreKind::File | StoreKind::Memory | StoreKind::Null) && self.overlay().is_none()
+        matches!(self.store_kind(), StoreKind::File | StoreKind::Memory | StoreKind::Null)
+            && self.overlay().is_none()
+            && !self.power_cut
     }
 
     /// The store that was named, or that follows from the rest.

@@ -10,6 +10,7 @@ mod fault;
 mod file;
 mod limits;
 mod numbers;
+mod on_error;
 mod overlay;
 mod place;
 mod rates;
@@ -22,7 +23,8 @@ mod top;
 pub use bench::{BenchArgs, CompletionMode, Kick, Switch, Workload};
 pub use cli::{CheckArgs, Cli, Command, CompletionsArgs, ManArgs, ServeArgs};
 pub use ctl::{
-    CtlArgs, CtlCommand, DEFAULT_CONTROL_SOCKET, DeviceArgs, RemoveArgs, ResizeArgs, SetFabricArgs, SetLimitsArgs,
+    CtlArgs, CtlCommand, DEFAULT_CONTROL_SOCKET, DeviceArgs, PowerCutArgs, RemoveArgs, ResizeArgs, SetFabricArgs,
+    SetLimitsArgs,
 };
 pub use device::{Cache, DeviceConfig, Doorbell, InvalidDevice, PollPolicy, StoreKind};
 pub use doctor::DoctorArgs;
@@ -31,6 +33,7 @@ pub use fault::{Decimal, FaultConfig, FaultKind, FaultOn, InvalidFault, Sectors,
 pub use file::ConfigFileError;
 pub use limits::ClientLimits;
 pub use numbers::{NumberList, NumberListError};
+pub use on_error::{InvalidOnError, OnError};
 pub use overlay::{InvalidOverlay, OverlayKind};
 pub use rates::{InvalidRates, RateLimits};
 pub use sandbox::SandboxMode;

@@ -6,6 +6,8 @@ use serde_json::{Value, json};
 
 use super::rpc::Failure;
 use super::snapshot::Snapshot;
+use crate::backend::hold::HeldRequests;
+use crate::backend::power_cut::PowerCut;
 use crate::config::{DeviceConfig, FabricChoice, InvalidFabric, RateLimits, Size};
 use crate::devices::{AddError, Devices, Handle};
 use crate::diagnosis::Diagnosis;
@@ -28,6 +30,7 @@ const METHODS: &[(&str, Method)] = &[
     ("device.pause", pause),
     ("device.resume", resume),
     ("device.drain", drain),
+    ("device.power_cut", power_cut),
     ("device.statistics", statistics),
     ("device.reset_statistics", reset_statistics),
     ("device.set_limits", set_limits),
@@ -87,6 +90,16 @@ struct SetFabric {
     fabric: Option<FabricChoice>,
 }
 
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct PowerCutParams {
+    device: String,
+    #[serde(default)]
+    mode: PowerCut,
+    #[serde(default)]
+    seed: u64,
+}
+
 /// A device, as it is told of.
 #[derive(Serialize)]
 struct Described {
@@ -97,6 +110,8 @@ struct Described {
     read_only: bool,
     #[serde(flatten)]
     status: Status,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    held: Option<HeldRequests>,
 }
 
 impl From<&Handle> for Described {
@@ -108,6 +123,7 @@ impl From<&Handle> for Described {
             num_queues: device.num_queues,
             read_only: device.read_only,
             status: device.status(),
+            held: device.held(),
         }
     }
 }
@@ -194,7 +210,31 @@ fn pause(devices: &Devices, given: Value) -> Result<Value, Failure> {
 
 fn resume(devices: &Devices, given: Value) -> Result<Value, Failure> {
     let Named { device } = params(given)?;
-    ordered(&find(devices, &device)?, Order::Resume)
+    let device = find(devices, &device)?;
+    // First, for a device that is paused comes to rest only then.
+    let again = device.send_again();
+    let mut resumed = ordered(&device, Order::Resume)?;
+    if device.held().is_some() {
+        resumed["sent_again"] = json!(again);
+    }
+    Ok(resumed)
+}
+
+fn power_cut(devices: &Devices, given: Value) -> Result<Value, Failure> {
+    let PowerCutParams { device, mode, seed } = params(given)?;
+    let device = find(devices, &device)?;
+    let no_cache = || {
+        let why = format!(
+            "{}: its power cannot be cut; give it power_cut = true (--power-cut) and start it anew",
+            device.name
+        );
+        Failure::new(Failure::INVALID_DEVICE, why)
+    };
+    let survivors = device.cut_power(mode, seed).ok_or_else(no_cache)??;
+    log::info!("{}: its power was cut by an operator ({mode:?}, seed {seed}): {survivors:?}", device.name);
+    let mut result = serde_json::to_value(survivors).map_err(|error| Failure::new(Failure::SYSTEM, error))?;
+    result["device"] = json!(device.name);
+    Ok(result)
 }
 
 fn drain(devices: &Devices, given: Value) -> Result<Value, Failure> {

@@ -462,7 +462,7 @@ mod tests {
         Diagnosis {
             device: "vm1".into(),
             description: String::new(),
-            status: Status { size: 1 << 30, paused: false, client: Some(Peer { pid: 1, uid: 2 }) },
+            status: Status { size: 1 << 30, paused: false, client: Some(Peer { pid: 1, uid: 2 }), ..Status::default() },
             setup: Setup::of(&DeviceConfig::new("vm1.sock"), 4),
             silent: None,
             session: Some(Observation {

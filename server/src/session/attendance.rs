@@ -334,7 +334,7 @@ impl<'a> Attendance<'a> {
                 }
             }
             Effect::Stop => {
-                if let Err(error) = self.data_path.stop_all(deadline) {
+                if let Err(error) = self.data_path.pause_all(deadline) {
                     self.log.warn(format_args!("bus mastering was turned off, but {error}"));
                 }
             }
@@ -389,7 +389,7 @@ impl<'a> Attendance<'a> {
     /// Stops all queues and waits for what they have in flight.
     pub(super) fn rest(&mut self, deadline: Instant) -> Result<(), OrderError> {
         self.settle_until(deadline);
-        self.data_path.stop_all(deadline).map_err(|StillBusy| OrderError::Busy)
+        self.data_path.pause_all(deadline).map_err(|StillBusy| OrderError::Busy)
     }
 
     /// Starts the queues that an order had stopped.

@@ -97,19 +97,28 @@ impl DataPath {
         }
     }
 
-    /// Stops a queue and waits, until `deadline` at most, for what it has in flight. What it was doing is kept: started
-    /// again, it goes on there.
+    /// Stops a queue for good and waits, until `deadline` at most, for what it has in flight.
     pub(super) fn stop(&mut self, index: u16, deadline: Instant) -> Result<(), StillBusy> {
         match self.queues.get_mut(usize::from(index)) {
-            Some(slot) => slot.stop().rest(deadline),
+            Some(slot) => slot.stop(Stop::ForGood).rest(deadline),
             None => Ok(()),
         }
     }
 
     /// Stops all queues, as [`stop`](Self::stop); first all, then waits.
     pub(super) fn stop_all(&mut self, deadline: Instant) -> Result<(), StillBusy> {
+        self.rest_all(Stop::ForGood, deadline)
+    }
+
+    /// Stops all queues for a while, and waits for what they have in flight: that has all the time that it takes. What they
+    /// were doing is kept: started again, they go on there.
+    pub(super) fn pause_all(&mut self, deadline: Instant) -> Result<(), StillBusy> {
+        self.rest_all(Stop::ForAWhile, deadline)
+    }
+
+    fn rest_all(&mut self, stop: Stop, deadline: Instant) -> Result<(), StillBusy> {
         for slot in &mut self.queues {
-            slot.stop();
+            slot.stop(stop);
         }
         let mut result = Ok(());
         for slot in &mut self.queues {
@@ -133,12 +142,24 @@ impl DataPath {
     }
 }
 
+/// What becomes of requests that do not end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Stop {
+    /// They fail rather than take long.
+    ForGood,
+    /// They go on.
+    ForAWhile,
+}
+
 impl Slot {
-    fn stop(&mut self) -> &mut Self {
+    fn stop(&mut self, stop: Stop) -> &mut Self {
         *self = match std::mem::replace(self, Self::Stopped(None)) {
             Self::Running(queue) => Self::Stopping(queue.detach()),
             other => other,
         };
+        if let (Self::Stopping(queue), Stop::ForGood) = (&*self, stop) {
+            queue.hurry();
+        }
         self
     }
 

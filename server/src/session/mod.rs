@@ -83,7 +83,7 @@ impl Session {
             let stream = match self.listener.accept([self.stop.as_fd(), self.orders.as_fd()])? {
                 Arrival::Client(stream) => stream,
                 Arrival::Woken(1) => match self.device.obey(&self.orders) {
-                    Obeyed::GoOn => continue,
+                    Obeyed::GoOn | Obeyed::Disconnected => continue,
                     Obeyed::Removed => break,
                 },
                 Arrival::Woken(_) => break,
@@ -161,11 +161,11 @@ fn serve_once(
     for source in sources {
         match source {
             Source::Stop => return Ok(Some(End::Service)),
-            Source::Orders => {
-                if attendance.obey(orders) == Obeyed::Removed {
-                    return Ok(Some(End::Service));
-                }
-            }
+            Source::Orders => match attendance.obey(orders) {
+                Obeyed::GoOn => {}
+                Obeyed::Disconnected => return Ok(Some(End::Client)),
+                Obeyed::Removed => return Ok(Some(End::Service)),
+            },
             Source::Socket => {
                 connection.sender.flush()?;
                 if let Some(end) = receive(log, connection, attendance)? {

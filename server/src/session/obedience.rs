@@ -15,6 +15,8 @@ const REST_LIMIT: Duration = Duration::from_secs(1);
 pub(super) enum Obeyed {
     /// The service goes on.
     GoOn,
+    /// The client's time is over.
+    Disconnected,
     /// It ends.
     Removed,
 }
@@ -26,17 +28,24 @@ pub(super) trait Obey {
     /// Carries out what was ordered.
     fn obey(&mut self, orders: &Orders) -> Obeyed {
         orders.drain();
+        let mut obeyed = Obeyed::GoOn;
         while let Some((order, answer)) = orders.pop() {
-            let removes = matches!(order, Order::Remove { .. });
+            let done = match order {
+                Order::Remove { .. } => Obeyed::Removed,
+                Order::Disconnect => Obeyed::Disconnected,
+                _ => obeyed,
+            };
             let result = self.carry_out(order);
-            let removed = removes && result.is_ok();
+            if result.is_ok() {
+                obeyed = done;
+            }
             // An operator that has lost its patience does not hear.
             let _gone = answer.send(result);
-            if removed {
-                return Obeyed::Removed;
+            if obeyed == Obeyed::Removed {
+                break;
             }
         }
-        Obeyed::GoOn
+        obeyed
     }
 }
 
@@ -49,7 +58,7 @@ impl Obey for Device {
             }
             Order::Resize { capacity, shrink } => return self.resize(capacity, shrink),
             Order::Observe => self.status.observe(None),
-            Order::Remove { .. } => {}
+            Order::Disconnect | Order::Remove { .. } => {}
             Order::Limit(limits) => self.set_limits(limits),
             Order::Fabric(fabric) => self.set_fabric(fabric),
         }
@@ -64,6 +73,8 @@ impl Obey for Attendance<'_> {
                 self.device().set_paused(true);
                 self.rest(Instant::now() + REST_LIMIT)?;
             }
+            // Without a stop if there was none: what its storage holds back would not end in time.
+            Order::Resume if !self.device().paused => self.start_again(),
             Order::Resume => self.resume()?,
             Order::Resize { capacity, shrink } => {
                 // What is in flight keeps to the bounds that it was taken with.
@@ -77,7 +88,7 @@ impl Obey for Attendance<'_> {
                 let seen = self.observe();
                 self.device().status.observe(Some(seen));
             }
-            Order::Remove { force: true } => {}
+            Order::Disconnect | Order::Remove { force: true } => {}
         }
         Ok(self.device().service.capacity())
     }

@@ -29,6 +29,8 @@ pub(crate) enum Order {
         /// Whether what lies beyond them may be lost.
         shrink: bool,
     },
+    /// Part with the client; the next one may come.
+    Disconnect,
     /// End the service.
     Remove {
         /// Even if a client is connected.

@@ -80,6 +80,10 @@ impl QueueTask for Guarded {
         self.call((), |task| task.stop());
     }
 
+    fn hurry(&mut self) {
+        self.call((), |task| task.hurry());
+    }
+
     fn in_flight(&self) -> usize {
         match &self.task {
             Some(task) => task.in_flight(),

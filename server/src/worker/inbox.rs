@@ -33,6 +33,8 @@ pub(super) enum Command {
     Refresh(QueueId),
     /// Stop it, send its state when nothing is in flight any more, and forget it.
     Detach { id: QueueId, detached: Sender<QueueState> },
+    /// It will not go on: what it has in flight may fail rather than take long.
+    Hurry(QueueId),
     /// End the thread.
     Exit,
 }

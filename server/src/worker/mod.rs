@@ -76,6 +76,9 @@ pub(crate) trait QueueTask {
     /// Takes no requests from now on.
     fn stop(&mut self);
 
+    /// Stopped for good: what is in flight may fail rather than take long.
+    fn hurry(&mut self) {}
+
     /// Requests that were taken and not given back.
     fn in_flight(&self) -> usize;
 
@@ -251,6 +254,11 @@ impl Worker {
                 if let Some(entry) = self.wake(id) {
                     entry.task.stop();
                     entry.stopping = Some(detached);
+                }
+            }
+            Command::Hurry(id) => {
+                if let Some(entry) = self.wake(id) {
+                    entry.task.hurry();
                 }
             }
             Command::Exit => {}

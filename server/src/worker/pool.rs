@@ -188,17 +188,24 @@ impl Attached {
     pub(crate) fn detach(self) -> Detaching {
         let (detached, state) = bounded(1);
         self.inbox.push(Command::Detach { id: self.id, detached });
-        Detaching { state }
+        Detaching { id: self.id, inbox: self.inbox, state }
     }
 }
 
 /// A queue that is being stopped.
 #[must_use = "a queue in this state may still move data"]
 pub(crate) struct Detaching {
+    id: QueueId,
+    inbox: Arc<Inbox>,
     state: Receiver<QueueState>,
 }
 
 impl Detaching {
+    /// What is in flight may fail rather than take long, for the queue will not go on.
+    pub(crate) fn hurry(&self) {
+        self.inbox.push(Command::Hurry(self.id));
+    }
+
     /// Where the queue stands, once nothing is in flight any more; `None` if that is still not so at `deadline`.
     pub(crate) fn wait_until(&self, deadline: Instant) -> Option<QueueState> {
         match self.state.recv_deadline(deadline) {
