@@ -101,7 +101,7 @@ impl BlockService {
                 events,
                 accepting: true,
                 warned_blank: false,
-                meter: Meter::new(metrics, place.size.saturating_add(1)),
+                meter: Meter::new(metrics),
             }))
         }))
     }
@@ -126,7 +126,7 @@ struct BlockQueue<Q: Virtqueue> {
     in_order: bool,
     memory: GuestMemory,
     /// Requests that were taken off the ring just now.
-    batch: Vec<Option<(Popped, Box<Io>)>>,
+    batch: Vec<(Popped, Box<Io>)>,
     config: Arc<SharedConfig>,
     /// What requests are checked against: the driver's features do not change while there is a queue.
     limits: Limits,
@@ -184,13 +184,13 @@ impl<Q: Virtqueue<Memory: MappedQueue>> BlockQueue<Q> {
     #[inline(never)]
     fn start_batch(&mut self) {
         self.limits.capacity = self.config.capacity();
-        for index in 0..self.batch.len() {
-            let Some((popped, io)) = self.batch.get_mut(index).and_then(Option::take) else { continue };
+        let mut batch = mem::take(&mut self.batch);
+        for (popped, io) in batch.drain(..) {
             if let Some(head) = popped.resolved() {
                 self.start(head, io);
             }
         }
-        self.batch.clear();
+        self.batch = batch;
     }
 
     /// Takes some requests off the ring, `most` of them, and asks for the memory that will be looked at first: that of all
@@ -198,28 +198,13 @@ impl<Q: Virtqueue<Memory: MappedQueue>> BlockQueue<Q> {
     #[inline(never)]
     fn fill_batch(&mut self, most: usize) {
         let Ring::Mapped(queue) = &mut self.queue else { return };
-        let mut fault = None;
-        while self.batch.len() < most {
-            let Some(io) = self.spare.last_mut() else {
-                self.spare.push(another(&mut self.made));
-                continue;
-            };
+        for _ in 0..most {
+            let mut io = self.spare.pop().unwrap_or_else(|| another(&mut self.made));
             match queue.pop(&mut self.memory, &mut io.buffers) {
-                Ok(Some(popped)) => {
-                    if let Some(io) = self.spare.pop() {
-                        self.batch.push(Some((popped, io)));
-                    }
-                }
-                Ok(None) => break,
-                Err(error) => {
-                    io.buffers.clear();
-                    fault = Some(error);
-                    break;
-                }
+                Ok(Some(popped)) => self.batch.push((popped, io)),
+                Ok(None) => return self.spare.push(io),
+                Err(error) => return self.fault(&error),
             }
-        }
-        if let Some(error) = fault {
-            self.fault(&error);
         }
     }
 
@@ -227,12 +212,10 @@ impl<Q: Virtqueue<Memory: MappedQueue>> BlockQueue<Q> {
     #[inline(never)]
     fn resolve_batch(&mut self) {
         let Ring::Mapped(queue) = &mut self.queue else { return };
-        for (popped, io) in self.batch.iter_mut().flatten() {
+        for (popped, io) in &mut self.batch {
             if let Err(error) = queue.resolve(popped, &mut self.memory, &mut io.buffers) {
-                self.fault(&error);
-                return;
+                return self.fault(&error);
             }
-            io.buffers.prefetch();
         }
     }
 
@@ -255,7 +238,7 @@ impl<Q: Virtqueue<Memory: MappedQueue>> BlockQueue<Q> {
     /// Gives back a request that has not come to the store.
     #[cold]
     fn answer(&mut self, head: Head, io: Box<Io>, status: Status, written: u32) {
-        self.meter.submitted(io.token, Kind::Other, 0);
+        self.meter.submitted(Kind::Other, 0);
         self.finish(head, io, status, Written::First(written));
     }
 
@@ -277,8 +260,8 @@ impl<Q: Virtqueue<Memory: MappedQueue>> BlockQueue<Q> {
     /// Hands an operation to the backend, or has it wait for room there, behind those that wait already.
     #[inline(always)]
     fn submit(&mut self, head: Head, io: Box<Io>, written: u32) {
-        self.meter.submitted(io.token, kind(io.op), io.buffers.len());
-        self.in_flight.insert(io.token, Pending { head, written });
+        let since = self.meter.submitted(kind(io.op), io.buffers.len());
+        self.in_flight.insert(io.token, Pending { head, written, since });
         if !self.stalled.is_empty() {
             self.stalled.push_back(io);
         } else if let Err(Full(io)) = self.backend.submit(io) {
@@ -312,7 +295,7 @@ impl<Q: Virtqueue<Memory: MappedQueue>> BlockQueue<Q> {
         let mut completions = mem::take(&mut self.completions);
         for Completion { io, result } in completions.drain(..) {
             let Some(pending) = self.in_flight.remove(io.token) else { continue };
-            self.meter.completed(io.token);
+            self.meter.completed(pending.since);
             let (status, written) = match result {
                 Ok(()) if self.in_order => (Status::Ok, success(&io, pending.written)),
                 Ok(()) => (Status::Ok, pending.written.into()),
@@ -328,6 +311,7 @@ impl<Q: Virtqueue<Memory: MappedQueue>> BlockQueue<Q> {
             self.finish(pending.head, io, status, written);
         }
         self.completions = completions;
+        self.meter.completed_all();
     }
 
     #[inline(always)]
@@ -335,10 +319,10 @@ impl<Q: Virtqueue<Memory: MappedQueue>> BlockQueue<Q> {
         io.buffers.write_trailer(status as u8);
         io.buffers.recycle(&self.memory);
         self.spare.push(io);
-        match &mut self.queue {
-            Ring::Mapped(queue) => queue.complete(head, written),
-            Ring::Lost(_, completed) => completed.push((head, written)),
-            Ring::Changing => {}
+        if let Ring::Mapped(queue) = &mut self.queue {
+            queue.complete(head, written);
+        } else if let Ring::Lost(_, completed) = &mut self.queue {
+            completed.push((head, written));
         }
     }
 

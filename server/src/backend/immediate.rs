@@ -20,10 +20,23 @@ impl<S> Immediate<S> {
     pub(super) fn new(store: &Arc<S>) -> Self {
         Self { store: Arc::clone(store), done: Vec::new() }
     }
+
+    /// Apart, so that a submission which finds room calls nothing and saves no registers.
+    #[cold]
+    fn submit_with_more_room(&mut self, io: Box<Io>) -> Result<(), Full>
+    where
+        S: Execute,
+    {
+        self.done.reserve(1);
+        self.submit(io)
+    }
 }
 
 impl<S: Execute> Backend for Immediate<S> {
     fn submit(&mut self, io: Box<Io>) -> Result<(), Full> {
+        if self.done.len() == self.done.capacity() {
+            return self.submit_with_more_room(io);
+        }
         let result = self.store.execute(&io);
         self.done.push(Completion { io, result });
         Ok(())

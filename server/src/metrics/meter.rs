@@ -8,31 +8,38 @@ use virtio::queue::Signal;
 
 use super::{Kind, QueueMetrics, Stage};
 
+/// So many batches after a kick are timed each: all those of a queue that is not busy.
+const TIMED: u32 = 64;
+/// From then on it is one in so many, which counts for as many: to read the clock takes longer than to count.
+const ONE_IN: u32 = 8;
+
 /// Counts for one queue, on the thread of its worker.
 pub(crate) struct Meter {
     metrics: Arc<QueueMetrics>,
     clock: Clock,
-    /// When the last requests were taken, and the last completions found: by the clock's own counting.
+    /// Batches of requests since the last kick.
+    batches: u32,
+    /// For how many batches one that is timed counts.
+    weight: u32,
+    /// When the last requests were taken, and the last completions found: by the clock's own counting, or 0 if it was not read.
     taken: u64,
     reaped: u64,
     kicked: Option<u64>,
-    /// When the operation with each token was taken.
-    submitted: Box<[u64]>,
     /// Completions in a row that were taken at the same time, which are recorded together.
     alike: u64,
     alike_since: u64,
 }
 
 impl Meter {
-    /// For tokens below `tokens`.
-    pub(crate) fn new(metrics: Arc<QueueMetrics>, tokens: u16) -> Self {
+    pub(crate) fn new(metrics: Arc<QueueMetrics>) -> Self {
         Self {
             metrics,
             clock: Clock::new(),
+            batches: 0,
+            weight: 1,
             taken: 0,
             reaped: 0,
             kicked: None,
-            submitted: vec![0; tokens.into()].into(),
             alike: 0,
             alike_since: 0,
         }
@@ -41,21 +48,32 @@ impl Meter {
     /// The driver has kicked.
     pub(crate) fn kicked(&mut self) {
         self.metrics.kicks.add(1);
+        self.batches = 0;
         self.kicked = Some(self.clock.raw());
     }
 
-    /// A batch of requests is there: the clock is read for all of them.
+    /// A batch of requests is there: the clock is read once for all of them, or not at all.
     #[inline(always)]
     pub(crate) fn taken(&mut self) {
+        self.batches = self.batches.wrapping_add(1);
+        self.taken = 0;
+        if self.batches <= TIMED || self.batches.is_multiple_of(ONE_IN) {
+            self.time_batch();
+        }
+    }
+
+    #[inline(never)]
+    fn time_batch(&mut self) {
+        self.weight = if self.batches <= TIMED { 1 } else { ONE_IN };
         self.taken = self.clock.raw();
         if let Some(kicked) = self.kicked.take() {
             self.record(Stage::KickToSubmit, kicked, self.taken, 1);
         }
     }
 
-    /// One of them is to be given to the store, or was answered without it.
+    /// One of them is to be given to the store, or was answered without it. Returns what [`completed`](Self::completed) is to be told.
     #[inline(always)]
-    pub(crate) fn submitted(&mut self, token: u16, kind: Kind, bytes: u64) {
+    pub(crate) fn submitted(&mut self, kind: Kind, bytes: u64) -> u64 {
         match kind {
             Kind::Read => self.metrics.read_bytes.add(bytes),
             Kind::Write => self.metrics.written_bytes.add(bytes),
@@ -64,26 +82,38 @@ impl Meter {
         if let Some(count) = self.metrics.operations.get(kind as usize) {
             count.add(1);
         }
-        if let Some(since) = self.submitted.get_mut(usize::from(token)) {
-            *since = self.taken;
-        }
+        self.taken
     }
 
-    /// Completions are there: the clock is read for all of them.
+    /// Completions are there: the clock is read once for all of them, for the first that is timed.
     #[inline(always)]
     pub(crate) fn reaped(&mut self) {
-        self.reaped = self.clock.raw();
+        self.reaped = 0;
+        self.alike_since = 0;
     }
 
-    /// One of them.
+    /// One of them, which was `submitted` then.
     #[inline(always)]
-    pub(crate) fn completed(&mut self, token: u16) {
-        let since = self.submitted.get(usize::from(token)).copied().unwrap_or(self.reaped);
+    pub(crate) fn completed(&mut self, since: u64) {
         if since != self.alike_since {
-            self.record_alike();
-            self.alike_since = since;
+            self.begin_alike(since);
         }
         self.alike = self.alike.wrapping_add(1);
+    }
+
+    #[inline(never)]
+    fn begin_alike(&mut self, since: u64) {
+        self.record_alike();
+        self.alike_since = since;
+        if self.reaped == 0 {
+            self.reaped = self.clock.raw();
+        }
+    }
+
+    /// That was all of them.
+    #[inline(always)]
+    pub(crate) fn completed_all(&mut self) {
+        self.record_alike();
     }
 
     /// One of them failed.
@@ -98,12 +128,10 @@ impl Meter {
     /// What was completed was given back to the driver, who was interrupted or not.
     #[inline(always)]
     pub(crate) fn published(&mut self, signal: Signal) {
-        let reaped = self.alike > 0;
-        self.record_alike();
         match signal {
             Signal::Needed => {
                 self.metrics.interrupts_sent.add(1);
-                if reaped {
+                if self.reaped != 0 {
                     self.record(Stage::ReapToInterrupt, self.reaped, self.clock.raw(), 1);
                 }
             }
@@ -126,7 +154,7 @@ impl Meter {
     #[inline(always)]
     fn record_alike(&mut self) {
         let times = std::mem::take(&mut self.alike);
-        if times > 0 {
+        if times > 0 && self.alike_since != 0 {
             self.record(Stage::SubmitToReap, self.alike_since, self.reaped, times);
         }
     }
@@ -134,7 +162,7 @@ impl Meter {
     #[inline(always)]
     fn record(&self, stage: Stage, from: u64, to: u64, times: u64) {
         if let Some(histogram) = self.metrics.stages.get(stage as usize) {
-            histogram.record(self.clock.delta_as_nanos(from, to), times);
+            histogram.record(self.clock.delta_as_nanos(from, to), times.wrapping_mul(self.weight.into()));
         }
     }
 }
@@ -153,21 +181,17 @@ mod tests {
     #[test]
     fn what_is_told_is_counted() {
         let metrics = Arc::new(QueueMetrics::default());
-        let mut meter = Meter::new(Arc::clone(&metrics), 4);
+        let mut meter = Meter::new(Arc::clone(&metrics));
         meter.kicked();
         meter.taken();
-        for (token, kind, bytes) in
-            [(0, Kind::Read, 4096), (1, Kind::Write, 512), (2, Kind::Flush, 0), (9, Kind::Read, 1)]
-        {
-            meter.submitted(token, kind, bytes);
-        }
+        let requests = [(Kind::Read, 4096), (Kind::Write, 512), (Kind::Flush, 0), (Kind::Read, 1)];
+        let since = requests.map(|(kind, bytes)| meter.submitted(kind, bytes));
         meter.polled(true, 4);
         assert_eq!(metrics.read().in_flight, 4);
         meter.polled(false, 0);
         meter.reaped();
-        for token in [0, 1, 2, 9] {
-            meter.completed(token);
-        }
+        since.into_iter().for_each(|since| meter.completed(since));
+        meter.completed_all();
         meter.failed(&io::ErrorKind::Unsupported.into());
         meter.failed(&io::Error::other("broken"));
         meter.published(Signal::Needed);
@@ -185,5 +209,32 @@ mod tests {
         let all = [Stage::KickToSubmit, Stage::SubmitToReap, Stage::ReapToInterrupt].map(counts);
         assert_eq!(all, [1, 4, 1]);
         assert_eq!(now.since(&now).reads, 0);
+    }
+
+    /// So that as much is counted of a busy queue as if each of its batches were timed.
+    #[test]
+    fn a_batch_that_is_timed_counts_for_those_that_are_not() {
+        let metrics = Arc::new(QueueMetrics::default());
+        let mut meter = Meter::new(Arc::clone(&metrics));
+        let counts = |stage: Stage| metrics.stages[stage as usize].read().map(|(_, count)| count).sum::<u64>();
+        let mut timed = 0;
+        let batches = TIMED + 10 * ONE_IN;
+        for _ in 0..batches {
+            meter.taken();
+            let since = [Kind::Read, Kind::Write].map(|kind| meter.submitted(kind, 512));
+            timed += u32::from(since[0] != 0);
+            meter.reaped();
+            since.into_iter().for_each(|since| meter.completed(since));
+            meter.completed_all();
+            meter.published(Signal::Needed);
+        }
+        assert_eq!(timed, TIMED + 10);
+        assert_eq!(counts(Stage::SubmitToReap), 2 * u64::from(batches));
+        assert_eq!(counts(Stage::ReapToInterrupt), u64::from(batches));
+        assert_eq!(metrics.read().reads, u64::from(batches), "counters count each");
+        meter.kicked();
+        meter.taken();
+        assert_eq!(counts(Stage::KickToSubmit), 1);
+        assert_ne!(meter.submitted(Kind::Read, 0), 0, "timed again after a kick");
     }
 }

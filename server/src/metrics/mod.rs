@@ -1,7 +1,7 @@
 //! What each queue has done: counted by the worker that serves it, and told to whoever asks.
 //!
 //! On the way of a request there are plain additions and no locked instruction, since only one thread writes; and the clock is
-//! read once for a batch. [`meter`] is that side, [`export`] the text for Prometheus, [`responder`] who serves it.
+//! read once for a batch, or for some batches only. [`meter`] is that side, [`export`] the text for Prometheus, [`responder`] who serves it.
 
 mod counter;
 mod export;
@@ -118,7 +118,7 @@ pub struct Statistics {
     pub polls_in_vain: u64,
     /// No counter: what is in flight now.
     pub in_flight: u64,
-    /// Nanoseconds that all requests together were with the store.
+    /// Nanoseconds that all requests together were with the store; where not all are timed, as those that are let expect.
     pub submit_to_reap_ns: u64,
 }
 

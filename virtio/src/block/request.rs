@@ -190,8 +190,9 @@ fn parse_other(kind: u32, buffers: &mut PinnedBuffers, limits: &Limits) -> Reque
 /// must be expressible in a used element.
 #[inline(always)]
 fn fits(len: u64, sector: u64, limits: &Limits) -> bool {
-    let room = limits.capacity.checked_sub(sector).is_some_and(|room| len / SECTOR <= room);
-    room && len.is_multiple_of(SECTOR) && len < u64::from(u32::MAX)
+    // In sectors; what is not one of whole sectors becomes more than any store has.
+    let sectors = len.rotate_right(SECTOR.trailing_zeros());
+    limits.capacity.checked_sub(sector).is_some_and(|room| sectors <= room) && len < u64::from(u32::MAX)
 }
 
 /// The one range of a discard or a write-zeroes request (§5.2.6.2); `None` if it is empty.

@@ -89,7 +89,7 @@ impl PinnedBuffers {
     #[inline]
     pub fn recycle(&mut self, memory: &GuestMemory) {
         self.forget_pieces();
-        if !self.pin.as_ref().is_some_and(|pin| memory.holds(pin)) {
+        if !same(self.pin.as_ref(), memory.last()) {
             self.pin = None;
         }
     }
@@ -118,7 +118,7 @@ impl PinnedBuffers {
             return None;
         }
         // SAFETY: the piece is mapped for reading, and has these bytes; any are a valid array.
-        let words = unsafe { first.iov_base.cast::<Unaligned>().read_volatile() };
+        let words = unsafe { first.iov_base.cast::<Unaligned<[u64; 2]>>().read_volatile() };
         first.iov_len = 0;
         last.iov_len = 0;
         self.trailer = NonNull::new(last.iov_base.cast());
@@ -136,7 +136,7 @@ impl PinnedBuffers {
             return self.gather_header();
         };
         // SAFETY: the piece is mapped for reading, and has these bytes; any are a valid array.
-        let words = unsafe { first.iov_base.cast::<Unaligned>().read_volatile() };
+        let words = unsafe { first.iov_base.cast::<Unaligned<[u64; 2]>>().read_volatile() };
         first.iov_base = first.iov_base.wrapping_byte_add(16);
         first.iov_len = first.iov_len.wrapping_sub(16);
         self.data.start = usize::from(first.iov_len == 0);
@@ -378,13 +378,40 @@ impl PinnedBuffers {
         }
     }
 
+    /// Adds three pieces where there are none: the first is to be read, the last written.
+    ///
+    /// # Safety
+    /// As for [`push`](Self::push), for each of the three.
+    #[inline(always)]
+    pub(super) unsafe fn push_frame(&mut self, pieces: [(*mut u8, usize); 3], data_writable: bool) {
+        if self.iovecs.capacity() < pieces.len() {
+            self.iovecs.reserve(pieces.len());
+        }
+        let pieces = pieces.map(|(host, len)| libc::iovec { iov_base: host.cast(), iov_len: len });
+        // SAFETY: there is room for three, which are there then. To append to a list of any length takes more instructions.
+        unsafe {
+            self.iovecs.as_mut_ptr().cast::<[libc::iovec; 3]>().write(pieces);
+            self.iovecs.set_len(3);
+        }
+        self.readable = if data_writable { 1 } else { 2 };
+    }
+
+    /// [`begin`](Self::begin), if there are no pieces yet; says whether that is so.
+    #[inline(always)]
+    pub(super) fn begin_empty(&mut self, mapping: Option<&Arc<Mapping>>) -> bool {
+        let empty = self.iovecs.is_empty();
+        if empty {
+            self.begin(mapping);
+        }
+        empty
+    }
+
     /// Keeps `mapping`, in which the next piece most likely lies, for as long as the pieces. What [`recycle`](Self::recycle)
     /// has left goes.
     #[inline(always)]
     pub(super) fn begin(&mut self, mapping: Option<&Arc<Mapping>>) {
-        match (&self.pin, mapping) {
-            (Some(pin), Some(mapping)) if Arc::ptr_eq(pin, mapping) => {}
-            _ => self.begin_elsewhere(mapping),
+        if !same(self.pin.as_ref(), mapping) {
+            self.begin_elsewhere(mapping);
         }
     }
 
@@ -424,6 +451,13 @@ impl PinnedBuffers {
             slice.offset(start as usize).ok().filter(|rest| !rest.is_empty())
         })
     }
+}
+
+/// Whether both are the same mapping, or none.
+#[inline(always)]
+fn same(one: Option<&Arc<Mapping>>, other: Option<&Arc<Mapping>>) -> bool {
+    let address = |mapping: Option<&Arc<Mapping>>| mapping.map_or(std::ptr::null(), Arc::as_ptr);
+    address(one) == address(other)
 }
 
 impl fmt::Debug for PinnedBuffers {

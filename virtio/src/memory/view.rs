@@ -87,6 +87,13 @@ impl Window {
         let len = if write { self.writable } else { self.readable };
         (offset < len).then(|| (self.host.wrapping_add(offset as usize), len.wrapping_sub(offset)))
     }
+
+    /// Host address of `iova` if `len` bytes, at least one, follow there for reading, or for writing.
+    #[inline(always)]
+    fn bytes(&self, iova: u64, len: u32, write: bool) -> Option<*mut u8> {
+        let (host, left) = self.host(iova, write)?;
+        (u64::from(len).wrapping_sub(1) < left).then_some(host)
+    }
 }
 
 /// One request's buffers while pieces are added to them. The mapping in the view's window is pinned at all times, so that
@@ -136,7 +143,7 @@ impl Pinning<'_> {
 
 /// Records of 16 bytes in guest memory, to be read one by one.
 pub(crate) struct Records<'a> {
-    first: *const Unaligned,
+    first: *const Unaligned<[u64; 2]>,
     len: u16,
     /// What keeps them there: the pins of the buffers that a [`Pinning`] of this lifetime fills, or our own copy.
     kept: PhantomData<&'a ()>,
@@ -157,10 +164,18 @@ impl Records<'_> {
     }
 }
 
-/// Two words, wherever they lie.
+/// A value, wherever it lies.
 #[derive(Clone, Copy)]
 #[repr(C, packed)]
-pub(super) struct Unaligned(pub(super) [u64; 2]);
+pub(super) struct Unaligned<T>(pub(super) T);
+
+/// A record of 16 bytes: a descriptor of either kind of ring.
+#[repr(C, packed)]
+struct Record {
+    iova: u64,
+    len: u32,
+    rest: u32,
+}
 
 impl GuestMemory {
     /// A view of the newest snapshot.
@@ -261,6 +276,47 @@ impl GuestMemory {
         Ok(())
     }
 
+    /// Makes of empty `buffers` what the three records of 16 bytes at `iova` tell of: a piece to read, the data, and a piece to write,
+    /// as nearly all requests are made. `writable` gets the place of a record among the three and the word behind address and
+    /// length, and says whether its piece is to be written, or `None` if the record is none for this way. The processor is asked to
+    /// have the outer pieces at hand.
+    ///
+    /// Records and pieces must lie in the mapping that was used last, and no piece be empty. Otherwise nothing is done, and
+    /// nothing of what was read is used: `false`.
+    #[inline(always)]
+    pub(crate) fn pin_frame(
+        &self,
+        iova: u64,
+        writable: impl Fn(u16, u32) -> Option<bool>,
+        buffers: &mut PinnedBuffers,
+    ) -> bool {
+        let Some(records) = self.window.bytes(iova, size_of::<[Record; 3]>() as u32, false) else { return false };
+        let piece = |index: u16, wanted: Option<bool>| {
+            let record = records.cast_const().cast::<Record>().wrapping_add(index.into());
+            // SAFETY: the three records lie in the mapping in the window, which `self.last` keeps. Each field is read once, wherever
+            // it lies, and any bytes are valid.
+            let (iova, len, rest) = unsafe {
+                let iova = (&raw const (*record).iova).cast::<Unaligned<u64>>().read_volatile();
+                let len = (&raw const (*record).len).cast::<Unaligned<u32>>().read_volatile();
+                let rest = (&raw const (*record).rest).cast::<Unaligned<u32>>().read_volatile();
+                (u64::from_le(iova.0), u32::from_le(len.0), u32::from_le(rest.0))
+            };
+            let write = writable(index, rest).filter(|write| wanted.is_none_or(|wanted| *write == wanted))?;
+            Some((self.window.bytes(iova, len, write)?, len as usize, write))
+        };
+        let Some((first, first_len, _)) = piece(0, Some(false)) else { return false };
+        let Some((data, data_len, write)) = piece(1, None) else { return false };
+        let Some((last, last_len, _)) = piece(2, Some(true)) else { return false };
+        if !buffers.begin_empty(self.last.as_ref()) {
+            return false;
+        }
+        // SAFETY: so many bytes belong to the mapping in the window, `self.last`, which grants the access and is pinned now.
+        unsafe { buffers.push_frame([(first, first_len), (data, data_len), (last, last_len)], write) };
+        prefetch(first, Access::READ);
+        prefetch(last.wrapping_add(last_len).wrapping_sub(1), Access::WRITE);
+        true
+    }
+
     /// Adds pieces to `buffers` one after the other.
     #[inline(always)]
     pub(crate) fn pinning<'a>(&'a mut self, buffers: &'a mut PinnedBuffers) -> Pinning<'a> {
@@ -333,10 +389,10 @@ impl GuestMemory {
         Ok(found)
     }
 
-    /// Whether `mapping` is the one that was used last, which the view holds anyway.
+    /// The mapping that was used last, which the view holds anyway.
     #[inline(always)]
-    pub(super) fn holds(&self, mapping: &Arc<Mapping>) -> bool {
-        self.last.as_ref().is_some_and(|last| Arc::ptr_eq(last, mapping))
+    pub(super) fn last(&self) -> Option<&Arc<Mapping>> {
+        self.last.as_ref()
     }
 
     /// The mapping that holds `iova`, in the newest snapshot.

@@ -14,7 +14,6 @@ const NEXT: u16 = VRING_DESC_F_NEXT as u16;
 const WRITE: u16 = VRING_DESC_F_WRITE as u16;
 const INDIRECT: u16 = VRING_DESC_F_INDIRECT as u16;
 const DESCRIPTOR_LEN: u32 = 16;
-const MAX_TABLE_LEN: u32 = MAX_DESCRIPTORS as u32 * DESCRIPTOR_LEN;
 
 /// What a guest did wrong in a chain.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -147,21 +146,55 @@ impl Walk {
     /// The table that a descriptor points to. The processor is asked to have it at hand.
     #[inline(always)]
     fn table(&self, iova: u64, len: u32, flags: u16, memory: &GuestMemory) -> Result<IndirectTable, ChainError> {
-        if !self.indirect_desc || flags & NEXT != 0 {
-            return Err(ChainError::MisplacedIndirect);
-        }
-        match NonZeroU16::new((len / DESCRIPTOR_LEN) as u16) {
-            Some(entries) if len.is_multiple_of(DESCRIPTOR_LEN) && len <= MAX_TABLE_LEN => {
+        // What is no multiple of a descriptor's length becomes a large number.
+        let entries = len.rotate_right(DESCRIPTOR_LEN.trailing_zeros());
+        let well_formed = (1..=MAX_DESCRIPTORS.into()).contains(&entries) && flags & NEXT == 0 && self.indirect_desc;
+        match NonZeroU16::new(entries as u16) {
+            Some(entries) if well_formed => {
                 memory.prefetch(iova);
                 Ok(IndirectTable { iova, entries })
             }
-            _ => Err(ChainError::IndirectLength(len)),
+            _ => Err(self.no_table(len, flags)),
         }
     }
 
-    /// Pins the buffers of the rest of a chain.
+    #[cold]
+    fn no_table(&self, len: u32, flags: u16) -> ChainError {
+        if self.indirect_desc && flags & NEXT == 0 {
+            ChainError::IndirectLength(len)
+        } else {
+            ChainError::MisplacedIndirect
+        }
+    }
+
+    /// Pins the buffers of the rest of a chain, and asks the processor to have the first and the last at hand.
     #[inline(always)]
     pub(super) fn finish(
+        &mut self,
+        table: IndirectTable,
+        memory: &mut GuestMemory,
+        buffers: &mut PinnedBuffers,
+    ) -> Result<(), ChainError> {
+        // Linked one after the other.
+        let writable = |index: u16, rest: u32| {
+            let (flags, next) = (rest as u16, (rest >> 16) as u16);
+            let linked = match index {
+                0 | 1 => (flags & !WRITE, next) == (NEXT, index.wrapping_add(1)),
+                _ => flags & !WRITE == 0,
+            };
+            linked.then_some(flags & WRITE != 0)
+        };
+        if table.entries.get() == 3 && memory.pin_frame(table.iova, writable, buffers) {
+            return Ok(());
+        }
+        self.finish_any(table, memory, buffers)?;
+        buffers.prefetch();
+        Ok(())
+    }
+
+    /// The same for a table of any form.
+    #[inline(never)]
+    fn finish_any(
         &mut self,
         table: IndirectTable,
         memory: &mut GuestMemory,
@@ -190,9 +223,27 @@ impl Walk {
         }
     }
 
-    /// Pins the buffers of the table of a packed virtqueue, which is read from end to end (§2.8.7).
+    /// [`finish`](Self::finish) for the table of a packed virtqueue, which is read from end to end (§2.8.7).
     #[inline(always)]
     pub(super) fn finish_packed(
+        &mut self,
+        table: IndirectTable,
+        memory: &mut GuestMemory,
+        buffers: &mut PinnedBuffers,
+    ) -> Result<(), ChainError> {
+        // All flags but WRITE, and the buffer ID, are ignored.
+        let writable = |_, rest: u32| Some((rest >> 16) as u16 & WRITE != 0);
+        if table.entries.get() == 3 && memory.pin_frame(table.iova, writable, buffers) {
+            return Ok(());
+        }
+        self.finish_packed_any(table, memory, buffers)?;
+        buffers.prefetch();
+        Ok(())
+    }
+
+    /// The same for a table of any form.
+    #[inline(never)]
+    fn finish_packed_any(
         &mut self,
         table: IndirectTable,
         memory: &mut GuestMemory,

@@ -127,7 +127,7 @@ impl<M: PackedRingMemory> Virtqueue for PackedQueue<M> {
             self.armed = false;
             self.ring.disarm();
         }
-        Ok(Some(Popped::new(Head::new(id, descriptors, slot), table)))
+        Ok(Some(Popped { head: Head::new(id, descriptors, slot), table }))
     }
 
     #[inline]
@@ -137,10 +137,13 @@ impl<M: PackedRingMemory> Virtqueue for PackedQueue<M> {
         memory: &mut GuestMemory,
         buffers: &mut PinnedBuffers,
     ) -> Result<(), QueueError> {
-        let Some(table) = popped.table() else { return Ok(()) };
+        let Some(table) = popped.table else {
+            buffers.prefetch();
+            return Ok(());
+        };
         let head = popped.head.id();
         self.walk.finish_packed(table, memory, buffers).map_err(|source| QueueError::Chain { head, source })?;
-        popped.resolve();
+        popped.table = None;
         Ok(())
     }
 

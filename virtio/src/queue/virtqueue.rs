@@ -1,6 +1,6 @@
 //! What the two formats of virtqueues have in common.
 
-use std::num::{NonZeroU16, NonZeroU64};
+use std::num::NonZeroU64;
 
 use super::chain::{ChainError, IndirectTable};
 use super::in_order::Written;
@@ -61,25 +61,29 @@ pub enum QueueError {
 #[derive(Debug, PartialEq, Eq)]
 #[must_use = "a request must be completed"]
 pub struct Head {
-    /// From the lowest bit on, 16 bits each: a one, so that there is a word which is no head, the identifier, the descriptors,
+    /// From the lowest bit on, 16 bits each: the identifier, a one, so that there is a word which is no head, the descriptors,
     /// and the slot. A word is moved about in fewer instructions than three numbers.
     word: NonZeroU64,
 }
 
 impl Head {
+    const ONE: NonZeroU64 = match NonZeroU64::new(1 << 16) {
+        Some(one) => one,
+        None => NonZeroU64::MIN,
+    };
+
     /// A request by this identifier that takes so many descriptors of the ring; with `VIRTIO_F_IN_ORDER` it has a place, its
     /// slot, among those in flight.
     #[inline(always)]
     pub(super) fn new(id: u16, descriptors: u16, slot: u16) -> Self {
-        let word = u64::from(id) << 16 | u64::from(descriptors) << 32 | u64::from(slot) << 48;
-        Self { word: NonZeroU64::MIN | word }
+        Self { word: Self::ONE | u64::from(id) | u64::from(descriptors) << 32 | u64::from(slot) << 48 }
     }
 
     /// Split: the index of the chain's first descriptor, less than the queue's size, and not shared by two requests in flight.
     /// Packed: the buffer ID, which is the driver's and says nothing to us.
     #[inline(always)]
     pub fn id(&self) -> u16 {
-        (self.word.get() >> 16) as u16
+        self.word.get() as u16
     }
 
     #[inline(always)]
@@ -98,36 +102,15 @@ impl Head {
 #[must_use = "a request must be resolved and completed"]
 pub struct Popped {
     pub(super) head: Head,
-    /// Where an [`IndirectTable`] is to be read, if there are entries.
-    table: u64,
-    entries: Option<NonZeroU16>,
+    /// What is left to be read.
+    pub(super) table: Option<IndirectTable>,
 }
 
 impl Popped {
-    #[inline(always)]
-    pub(super) fn new(head: Head, table: Option<IndirectTable>) -> Self {
-        match table {
-            None => Self { head, table: 0, entries: None },
-            Some(IndirectTable { iova, entries }) => Self { head, table: iova, entries: Some(entries) },
-        }
-    }
-
-    /// What is left to be read.
-    #[inline(always)]
-    pub(super) fn table(&self) -> Option<IndirectTable> {
-        self.entries.map(|entries| IndirectTable { iova: self.table, entries })
-    }
-
-    /// Notes that it was read.
-    #[inline(always)]
-    pub(super) fn resolve(&mut self) {
-        self.entries = None;
-    }
-
     /// The request, whose buffers are known; `None` if [`Virtqueue::resolve`] has not succeeded.
     #[inline]
     pub fn resolved(self) -> Option<Head> {
-        self.entries.is_none().then_some(self.head)
+        self.table.is_none().then_some(self.head)
     }
 }
 
@@ -176,7 +159,7 @@ pub trait Virtqueue: Sized {
     /// If the driver broke the queue's rules; whatever is in flight can still be completed.
     fn pop(&mut self, memory: &mut GuestMemory, buffers: &mut PinnedBuffers) -> Result<Option<Popped>, QueueError>;
 
-    /// Pins the rest of a request's buffers. Indirect tables are read here and not before, so that those of several
+    /// Pins the rest of a request's buffers, and asks the processor to have the first and the last of them at hand. Indirect tables are read here and not before, so that those of several
     /// requests can be on their way at the same time.
     ///
     /// # Errors
