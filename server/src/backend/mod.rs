@@ -192,8 +192,8 @@ pub trait Backend {
     /// Operations that were taken and not yet given back.
     fn in_flight(&self) -> usize;
 
-    /// Somebody waits for the end of what is in flight: what does not depend on the kernel alone, as on a server that does not
-    /// answer, may fail soon.
+    /// The queue is stopped for good, and somebody waits for the end of what is in flight: what does not depend on the kernel
+    /// alone, as on a server that does not answer, may fail soon. May be said more than once.
     fn stop(&mut self) {}
 
     /// Whether nothing will come of what is in flight before the kernel wakes the thread: to look for it awake is in vain.

@@ -37,7 +37,7 @@ pub(crate) enum ThreadKind {
     Main,
     /// Serves a device's client, see [`session`](crate::session).
     Session,
-    /// Serves queues, see [`worker`](crate::worker).
+    /// Serves queues, see [`worker`](crate::worker), or has the cache of a store, which takes the same.
     Worker,
     /// Does the operations of a store that blocks.
     Store,
