@@ -136,6 +136,14 @@ impl Served {
         served
     }
 
+    /// How long it has had processors, in ticks of ten milliseconds.
+    pub(crate) fn processor_time(&self) -> u64 {
+        let stat = fs::read_to_string(format!("/proc/{}/stat", self.child.id())).unwrap();
+        // User and system time are the 14th and 15th; the second is a name, which may hold anything.
+        let (_, rest) = stat.rsplit_once(')').unwrap();
+        rest.split_whitespace().skip(11).take(2).map(|ticks| ticks.parse::<u64>().unwrap()).sum()
+    }
+
     pub(crate) fn folder(&self) -> &Path {
         self.folder.path()
     }

@@ -291,11 +291,12 @@ impl Worker {
         let mut armed = Armed::Sleep;
         let idle = self.awake.extract_if(.., |entry| match entry.task.arm() {
             Armed::Sleep => {
-                // What ends such a sleep says nothing of when requests come.
-                if !entry.task.is_dormant() {
+                let is_at_rest = entry.task.in_flight() == 0;
+                // What ends the sleep of a dormant one says nothing of when requests come.
+                if is_at_rest || !entry.task.is_dormant() {
                     entry.patience.sleeps(since);
                 }
-                entry.task.in_flight() == 0 && entry.stopping.is_none()
+                is_at_rest && entry.stopping.is_none()
             }
             Armed::Work => {
                 armed = Armed::Work;
