@@ -9,6 +9,7 @@ use std::{io, iter};
 use crossbeam::channel::{Receiver, RecvTimeoutError, bounded};
 
 use crate::backend::Store;
+use crate::backend::overlay::{Emptied, EmptyError, Emptying, OverlayStore};
 use crate::config::{DeviceConfig, InvalidServer, ServerConfig};
 use crate::listener::Listener;
 use crate::metrics::{DeviceMetrics, Statistics};
@@ -80,6 +81,10 @@ pub(crate) struct Handle {
     status: Arc<SharedStatus>,
     /// Its session's, on whose thread it is closed.
     store: Weak<dyn Store>,
+    /// The overlay in it, if there is one.
+    overlay: Option<Weak<OverlayStore>>,
+    /// Held by who gives an order.
+    alone: Arc<Mutex<()>>,
 }
 
 impl Handle {
@@ -102,7 +107,46 @@ impl Handle {
 
     /// Has its session do something; says how many bytes it has then.
     pub(crate) fn order(&self, order: Order) -> Result<u64, OrderError> {
+        let _alone = self.alone();
+        if order != Order::Pause && self.overlay().is_some_and(|overlay| overlay.is_being_emptied()) {
+            return Err(OrderError::Emptying);
+        }
         self.operator.order(order)
+    }
+
+    fn alone(&self) -> MutexGuard<'_, ()> {
+        self.alone.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn overlay(&self) -> Option<Arc<OverlayStore>> {
+        self.overlay.as_ref()?.upgrade()
+    }
+
+    /// Does something to its overlay as a whole, while its queues are stopped. They are stopped before, and go on after it, unless
+    /// they were stopped already. `may_begin` is asked once they stand.
+    ///
+    /// # Errors
+    /// If it has none, or somebody is at it, or it does not come to rest, or what is to be done fails.
+    pub(crate) fn empty<E: From<OrderError> + From<EmptyError>>(
+        &self,
+        may_begin: impl FnOnce(&Status) -> Result<(), E>,
+        work: impl FnOnce(&Emptying) -> Result<Emptied, EmptyError>,
+    ) -> Result<Emptied, E> {
+        let overlay = self.overlay().ok_or(OrderError::NoOverlay)?;
+        let (emptying, paused) = {
+            let _alone = self.alone();
+            let emptying = overlay.begin_emptying()?;
+            let paused = self.status().paused;
+            self.operator.order(Order::Pause)?;
+            (emptying, paused)
+        };
+        let result = may_begin(&self.status()).and_then(|()| Ok(work(&emptying)?));
+        // Before queues are attached again.
+        drop(emptying);
+        if !paused {
+            self.order(Order::Resume)?;
+        }
+        result
     }
 
     /// Puts what it has completed on stable storage, and waits for that.
@@ -148,7 +192,7 @@ impl Devices {
     /// # Errors
     /// If there can be no thread for it.
     pub(crate) fn serve(&self, config: &DeviceConfig, opened: Opened, listener: Listener) -> io::Result<()> {
-        let Opened { device, description, read_only, store, store_service: _, metrics } = opened;
+        let Opened { device, description, read_only, store, overlay, store_service: _, metrics } = opened;
         let socket_path = listener.path().to_owned();
         let (operator, orders) = orders()?;
         let handle = Handle {
@@ -160,6 +204,8 @@ impl Devices {
             operator,
             status: Arc::clone(&device.status),
             store,
+            overlay,
+            alone: Arc::default(),
             metrics,
             baseline: Arc::default(),
         };
@@ -244,6 +290,11 @@ impl Devices {
             [device.socket_path.file_name(), device.socket_path.file_stem()].contains(&Some(path.as_os_str()))
         });
         if list.len() == 1 { list.pop() } else { None }
+    }
+
+    /// Whether all are to end.
+    pub(crate) fn are_stopping(&self) -> bool {
+        self.stop.is_now()
     }
 
     /// Ends all.

@@ -12,6 +12,7 @@ use virtio::memory::outlive_lost_memory;
 use virtio::transport::{Options, VirtioPci};
 use virtio_bindings::virtio_config::{VIRTIO_F_IN_ORDER, VIRTIO_F_IOMMU_PLATFORM, VIRTIO_F_RING_PACKED};
 
+use crate::backend::overlay::OverlayStore;
 use crate::backend::uring::{SqPoll, UringOptions, Waker};
 use crate::backend::{SECTOR, Service, Store, StoreInfo};
 use crate::block::BlockService;
@@ -25,7 +26,7 @@ use crate::metrics::{self, DeviceMetrics, Responder};
 use crate::sandbox::{Entrance, Sandbox, SandboxError, ThreadKind};
 use crate::session::Stop;
 use crate::status::{SharedStatus, Status};
-use crate::store::{self, Bases, StoreError};
+use crate::store::{self, Bases, Composed, StoreError};
 use crate::worker::{Pool, PoolError, WorkerPlan};
 
 /// The most data segments of a request that we ask drivers to keep to, whatever the size of the queue.
@@ -218,6 +219,8 @@ pub(crate) struct Opened {
     pub(crate) read_only: bool,
     /// The store, which the device owns: it is closed when that ends.
     pub(crate) store: Weak<dyn Store>,
+    /// The overlay in it, if there is one.
+    pub(crate) overlay: Option<Weak<OverlayStore>>,
     /// What the store needs a thread for.
     pub(crate) store_service: Option<Service>,
     pub(crate) metrics: Arc<DeviceMetrics>,
@@ -257,7 +260,7 @@ pub(crate) fn open_device(config: &DeviceConfig, entrance: &Entrance, bases: &mu
     let invalid = |source| OpenError::Invalid { socket_path: socket_path(), source };
     config.check().map_err(invalid)?;
     let limits = config.limits().map_err(invalid)?;
-    let store = store::open(config, entrance, bases)?;
+    let Composed { store, overlay } = store::open(config, entrance, bases)?;
     let info = store.info();
     let store_service = store.service();
     let queues = config.num_queues().min(store.max_queues());
@@ -295,7 +298,7 @@ pub(crate) fn open_device(config: &DeviceConfig, entrance: &Entrance, bases: &mu
     status.update(|status| *status = Status { size: info.capacity, ..Status::default() });
     let device = Device { function, service, poll, queue_workers, doorbell_page, limits, paused: false, status };
     let read_only = config.read_only || info.read_only;
-    Ok(Opened { device, description, read_only, store: weak, store_service, metrics })
+    Ok(Opened { device, description, read_only, store: weak, overlay, store_service, metrics })
 }
 
 /// What the guest is told of a store.

@@ -5,7 +5,7 @@ mod faults;
 
 use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, OnceLock, Weak};
 use std::time::Duration;
 
 use crate::backend::Store;
@@ -79,22 +79,29 @@ pub enum StoreError {
     },
 }
 
+/// What a device's blocks come from.
+pub(crate) struct Composed {
+    /// The outermost layer.
+    pub(crate) store: Arc<dyn Store>,
+    /// The overlay in it, if there is one.
+    pub(crate) overlay: Option<Weak<OverlayStore>>,
+}
+
 /// Opens it; what overlays lie over is among `bases`, or joins them. Threads that it starts do nothing before `entrance` is
 /// open.
 ///
 /// # Errors
 /// What cannot be had, and how to have it.
-pub(crate) fn open(
-    config: &DeviceConfig,
-    entrance: &Entrance,
-    bases: &mut Bases,
-) -> Result<Arc<dyn Store>, StoreError> {
-    Ok(faults::with_faults(open_overlay(config, entrance, bases)?, config))
+pub(crate) fn open(config: &DeviceConfig, entrance: &Entrance, bases: &mut Bases) -> Result<Composed, StoreError> {
+    let Composed { store, overlay } = open_overlay(config, entrance, bases)?;
+    Ok(Composed { store: faults::with_faults(store, config), overlay })
 }
 
 /// A store with nothing in front of it, which may be an overlay.
-fn open_overlay(config: &DeviceConfig, entrance: &Entrance, bases: &mut Bases) -> Result<Arc<dyn Store>, StoreError> {
-    let Some(kind) = config.overlay() else { return open_plain(config, entrance) };
+fn open_overlay(config: &DeviceConfig, entrance: &Entrance, bases: &mut Bases) -> Result<Composed, StoreError> {
+    let Some(kind) = config.overlay() else {
+        return Ok(Composed { store: open_plain(config, entrance)?, overlay: None });
+    };
     let base = bases.open(config)?;
     let (path, cache) = (config.overlay_file.clone().unwrap_or_default(), file_cache(config));
     let place = match kind {
@@ -103,7 +110,8 @@ fn open_overlay(config: &DeviceConfig, entrance: &Entrance, bases: &mut Bases) -
         OverlayKind::Kept => Place::Kept { path, cache },
     };
     let (size, limit) = (config.size.map(|size| size.0), config.overlay_limit.map(|limit| limit.0));
-    Ok(Arc::new(OverlayStore::open(&base, &OverlayOptions { place, size, limit })?))
+    let overlay = Arc::new(OverlayStore::open(&base, &OverlayOptions { place, size, limit })?);
+    Ok(Composed { overlay: Some(Arc::downgrade(&overlay)), store: overlay })
 }
 
 fn open_plain(config: &DeviceConfig, entrance: &Entrance) -> Result<Arc<dyn Store>, StoreError> {

@@ -17,7 +17,7 @@ mod socket;
 
 pub use bench::{BenchArgs, CompletionMode, Kick, Switch, Workload};
 pub use cli::{CheckArgs, Cli, Command, CompletionsArgs, ManArgs, ServeArgs};
-pub use ctl::{CtlArgs, CtlCommand, DEFAULT_CONTROL_SOCKET, DeviceArgs, RemoveArgs, ResizeArgs};
+pub use ctl::{CtlArgs, CtlCommand, DEFAULT_CONTROL_SOCKET, DeviceArgs, DiscardArgs, RemoveArgs, ResizeArgs};
 pub use device::{Cache, DeviceConfig, Doorbell, InvalidDevice, PollPolicy, StoreKind};
 pub use fault::{Decimal, FaultConfig, FaultKind, FaultOn, InvalidFault, Sectors, Wait};
 pub use file::ConfigFileError;

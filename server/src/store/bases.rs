@@ -39,7 +39,7 @@ impl Bases {
             fixed_buffers: false,
             iopoll: false,
         })?;
-        let base = Base::of_file(store).map_err(|source| StoreError::Base { base: path.to_owned(), source })?;
+        let base = Base::of_file(store, path).map_err(|source| StoreError::Base { base: path.to_owned(), source })?;
         self.0.extend(known.map(|identity| (identity, base.clone())));
         Ok(base)
     }

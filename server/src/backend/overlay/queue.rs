@@ -101,7 +101,7 @@ impl OverlayBackend {
             None => None,
         };
         Ok(Self {
-            base: overlay.base.attach(ring)?,
+            base: overlay.base.store.attach(ring)?,
             own: overlay.own.attach(ring)?,
             overlay: Arc::clone(overlay),
             ring: Rc::clone(ring),
