@@ -6,7 +6,10 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 
 use client::RequestType;
+use nix::sys::signal::Signal;
+use serde_json::json;
 use vfio_user_blk::config::{Cache, DeviceConfig, OverlayKind, Size};
+use vfio_user_blk::control::ControlClient;
 
 use crate::binary::{Served, command, run};
 use crate::rig::{DISK, IOERR, Machine, OK, Random, Rig, execute, exercise, until};
@@ -267,4 +270,51 @@ fn what_has_no_overlay_or_shares_its_base_is_not_committed() {
     let (done, said) = ctl(&server, &["commit", "two"]);
     assert!(done, "{said}");
     server.stop();
+}
+
+/// Wherever a commit is cut off, overlay and base are the disk together, and the next server ends what was begun.
+#[test]
+fn a_server_killed_in_the_middle_of_a_commit_has_the_same_disk() {
+    let mut folder = tempfile::tempdir().unwrap();
+    let mut disk = golden(folder.path());
+    let arguments = |folder: &Path| with_operator(folder, &["--control-allow".into(), folder.display().to_string()]);
+    let mut random = Random::new(9);
+    let mut found = vec![0; DISK as usize];
+    for round in 0..8 {
+        let server = Served::start_in(folder, arguments);
+        let mut machine = Machine::new(server.client(), &Default::default());
+        machine.queues[0].read(0, &mut found).unwrap();
+        assert!(found == disk, "round {round}");
+        for _ in 0..300 {
+            let len = 1 + random.below(100);
+            let first = random.below(DISK / 512 - len);
+            let data = &mut disk[first as usize * 512..][..len as usize * 512];
+            random.fill(data);
+            machine.queues[0].write(first, data).unwrap();
+        }
+        machine.queues[0].flush().unwrap();
+        drop(machine);
+        let control = server.folder().join("control.sock");
+        folder = thread::scope(|scope| {
+            let mut operator = ControlClient::connect(&control).unwrap();
+            let commit = scope.spawn(move || operator.call("device.commit", &json!({ "device": "blk" })).is_ok());
+            // Anywhere from before its beginning to after its end.
+            for _ in 0..random.below(4000) {
+                thread::yield_now();
+            }
+            server.signal(Signal::SIGKILL);
+            let (_, _, folder) = server.wait();
+            commit.join().unwrap();
+            folder
+        });
+        // Nobody is there to take them away.
+        for name in ["blk.sock", "control.sock"] {
+            let _gone = fs::remove_file(folder.path().join(name));
+        }
+    }
+    let server = Served::start_in(folder, arguments);
+    let (done, said) = ctl(&server, &["commit", "blk"]);
+    assert!(done, "{said}");
+    let folder = server.stop();
+    assert!(fs::read(folder.path().join("golden.img")).unwrap() == disk);
 }

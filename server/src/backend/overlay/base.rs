@@ -1,5 +1,6 @@
 //! What lies under overlays.
 
+use std::fs::File;
 use std::io;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
@@ -52,6 +53,17 @@ impl Base {
         })
     }
 
+    /// An image in a file, known by what the file holds and when it was last changed.
+    ///
+    /// # Errors
+    /// If it cannot be read.
+    pub fn of_image(store: Arc<dyn Store>, path: &Path) -> io::Result<Self> {
+        let file = File::open(path)?;
+        let len = file.metadata()?.len();
+        let identity = BaseIdentity { capacity: store.info().capacity, ..BaseIdentity::of(&file, len)? };
+        Ok(Self { store, identity, file: None, users: Arc::default() })
+    }
+
     /// Any other store, known by a name that no other has.
     pub fn named(store: Arc<dyn Store>, name: &str) -> Self {
         let identity =
@@ -63,8 +75,11 @@ impl Base {
 impl BaseIdentity {
     /// That of a file or block device as it is now.
     pub(super) fn of_file(store: &FileStore) -> io::Result<Self> {
-        let file = store.buffered();
-        let capacity = store.info().capacity;
+        Self::of(store.buffered(), store.info().capacity)
+    }
+
+    /// That of a file of `capacity` bytes.
+    fn of(file: &File, capacity: u64) -> io::Result<Self> {
         let metadata = file.metadata()?;
         let mut samples = Vec::with_capacity(SAMPLES as usize * SAMPLE);
         let step = (capacity / SAMPLES).max(SAMPLE as u64);

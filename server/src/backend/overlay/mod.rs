@@ -181,11 +181,12 @@ impl Store for OverlayStore {
     }
 
     fn max_queues(&self) -> u16 {
-        u16::MAX
+        self.0.base.store.max_queues()
     }
 
+    /// Its base's, which the first of those that lie over it starts.
     fn service(&self) -> Option<Service> {
-        None
+        self.0.base.store.service()
     }
 
     fn resize(&self, _: Option<u64>) -> io::Result<u64> {

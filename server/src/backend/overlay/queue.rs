@@ -434,4 +434,9 @@ impl Backend for OverlayBackend {
     fn in_flight(&self) -> usize {
         self.requests.len() + self.done.len()
     }
+
+    fn stop(&mut self) {
+        self.base.stop();
+        self.own.stop();
+    }
 }
