@@ -6,8 +6,8 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result};
 use serde_json::{Value, json};
 use vfio_user_blk::config::{
-    CtlArgs, CtlCommand, DeviceArgs, DeviceConfig, FabricChoice, PowerCutArgs, RateLimits, RemoveArgs, ResizeArgs,
-    SetFabricArgs, SetLimitsArgs, Size,
+    CtlArgs, CtlCommand, DeviceArgs, DeviceConfig, DiscardArgs, FabricChoice, PowerCutArgs, RateLimits, RemoveArgs,
+    ResizeArgs, SetFabricArgs, SetLimitsArgs, Size,
 };
 use vfio_user_blk::control::ControlClient;
 
@@ -43,6 +43,10 @@ fn call(command: &CtlCommand) -> Result<(&'static str, Value)> {
         CtlCommand::Pause(device) => ("device.pause", of(device)),
         CtlCommand::Resume(device) => ("device.resume", of(device)),
         CtlCommand::Drain(device) => ("device.drain", of(device)),
+        CtlCommand::Commit(device) => ("device.commit", of(device)),
+        CtlCommand::Discard(DiscardArgs { device, force }) => {
+            ("device.discard", json!({ "device": device, "force": force }))
+        }
         CtlCommand::Statistics(device) => ("device.statistics", of(device)),
         CtlCommand::ResetStatistics(device) => ("device.reset_statistics", of(device)),
         CtlCommand::SetLimits(SetLimitsArgs { device, limits }) => {
@@ -96,6 +100,18 @@ fn tell(command: &CtlCommand, result: &Value) -> String {
         CtlCommand::PowerCut(_) => survivors(name, result),
         CtlCommand::Drain(_) => {
             format!("{name}: paused, and all that it has completed is on stable storage; resume it when you are done\n")
+        }
+        CtlCommand::Commit(_) => {
+            let of = |key: &str| Size(result[key].as_u64().unwrap_or(0));
+            let seconds = result["seconds"].as_f64().unwrap_or(0.0);
+            format!(
+                "{name}: {} written into its base, {} made zero there, in {seconds:.1} s\n",
+                of("written"),
+                of("zeroed")
+            )
+        }
+        CtlCommand::Discard(_) => {
+            format!("{name}: is its base again; {} freed\n", Size(result["freed"].as_u64().unwrap_or(0)))
         }
         CtlCommand::Statistics(_) => statistics(&result["queues"]),
         CtlCommand::ResetStatistics(_) => format!("{name}: counts anew\n"),

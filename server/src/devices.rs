@@ -10,6 +10,7 @@ use crossbeam::channel::{Receiver, RecvTimeoutError, bounded};
 
 use crate::backend::Store;
 use crate::backend::hold::HeldRequests;
+use crate::backend::overlay::{Emptied, EmptyError, Emptying, OverlayStore};
 use crate::backend::power_cut::{PowerCut, Survivors};
 use crate::config::{DeviceConfig, FabricConfig, InvalidServer, ServerConfig};
 use crate::listener::Listener;
@@ -87,8 +88,10 @@ pub(crate) struct Handle {
     store: Weak<dyn Store>,
     /// As it was described.
     pub(crate) config: Arc<DeviceConfig>,
-    /// What stands before that.
+    /// What stands before that, and what lies in it.
     built_in: BuiltIn,
+    /// Held by who gives an order.
+    alone: Arc<Mutex<()>>,
 }
 
 impl Handle {
@@ -138,7 +141,50 @@ impl Handle {
 
     /// Has its session do something; says how many bytes it has then.
     pub(crate) fn order(&self, order: Order) -> Result<u64, OrderError> {
+        let _alone = self.alone();
+        if order != Order::Pause && self.overlay().is_some_and(|overlay| overlay.is_being_emptied()) {
+            return Err(OrderError::Emptying);
+        }
         self.operator.order(order)
+    }
+
+    fn alone(&self) -> MutexGuard<'_, ()> {
+        self.alone.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn overlay(&self) -> Option<Arc<OverlayStore>> {
+        self.built_in.overlay.as_ref()?.upgrade()
+    }
+
+    /// Does something to its overlay as a whole, while its queues are stopped. They are stopped before, and go on after it, unless
+    /// they were stopped already. `may_begin` is asked once they stand.
+    ///
+    /// # Errors
+    /// If it has none, or somebody is at it, or it does not come to rest, or what is to be done fails.
+    pub(crate) fn empty<E: From<OrderError> + From<EmptyError>>(
+        &self,
+        may_begin: impl FnOnce(&Status) -> Result<(), E>,
+        work: impl FnOnce(&Emptying) -> Result<Emptied, EmptyError>,
+    ) -> Result<Emptied, E> {
+        let overlay = self.overlay().ok_or(OrderError::NoOverlay)?;
+        let (emptying, paused) = {
+            let _alone = self.alone();
+            let emptying = overlay.begin_emptying()?;
+            let paused = self.status().paused;
+            self.operator.order(Order::Pause)?;
+            (emptying, paused)
+        };
+        // What a cache before it still has would come into it afterwards.
+        if self.built_in.power.is_some() {
+            self.flush().map_err(OrderError::Storage)?;
+        }
+        let result = may_begin(&self.status()).and_then(|()| Ok(work(&emptying)?));
+        // Before queues are attached again.
+        drop(emptying);
+        if !paused {
+            self.order(Order::Resume)?;
+        }
+        result
     }
 
     /// Puts what it has completed on stable storage, and waits for that.
@@ -203,6 +249,7 @@ impl Devices {
             operator,
             status: Arc::clone(&device.status),
             store,
+            alone: Arc::default(),
             metrics,
             baseline: Arc::default(),
             config: Arc::new(config.clone()),
@@ -298,6 +345,11 @@ impl Devices {
             [device.socket_path.file_name(), device.socket_path.file_stem()].contains(&Some(path.as_os_str()))
         });
         if list.len() == 1 { list.pop() } else { None }
+    }
+
+    /// Whether all are to end.
+    pub(crate) fn are_stopping(&self) -> bool {
+        self.stop.is_now()
     }
 
     /// Ends all.

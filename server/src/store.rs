@@ -102,7 +102,8 @@ pub enum StoreError {
     },
 }
 
-/// Opens it, with what stands before it; what overlays lie over is among `bases`, or joins them. Threads that it starts do nothing before `entrance` is
+/// Opens it, with what stands before it; what overlays lie over is among `bases`, or joins them. Threads that it starts do nothing
+/// before `entrance` is
 /// open.
 ///
 /// # Errors
@@ -112,13 +113,21 @@ pub(crate) fn open(
     entrance: &Entrance,
     bases: &mut Bases,
 ) -> Result<(Arc<dyn Store>, BuiltIn), StoreError> {
-    built_in::with_layers(open_overlay(config, entrance, bases)?, config, entrance)
+    let Some(kind) = config.overlay() else {
+        return built_in::with_layers(open_plain(config, entrance)?, None, config, entrance);
+    };
+    let overlay = Arc::new(open_overlay(kind, config, entrance, bases)?);
+    let weak = Arc::downgrade(&overlay);
+    built_in::with_layers(overlay, Some(weak), config, entrance)
 }
 
-/// A store with nothing in front of it, which may be an overlay.
-fn open_overlay(config: &DeviceConfig, entrance: &Entrance, bases: &mut Bases) -> Result<Arc<dyn Store>, StoreError> {
-    let Some(kind) = config.overlay() else { return open_plain(config, entrance) };
-    let base = bases.open(config)?;
+fn open_overlay(
+    kind: OverlayKind,
+    config: &DeviceConfig,
+    entrance: &Entrance,
+    bases: &mut Bases,
+) -> Result<OverlayStore, StoreError> {
+    let base = bases.open(config, entrance)?;
     let (path, cache) = (config.overlay_file.clone().unwrap_or_default(), file_cache(config));
     let place = match kind {
         OverlayKind::Memory => Place::Memory,
@@ -126,7 +135,7 @@ fn open_overlay(config: &DeviceConfig, entrance: &Entrance, bases: &mut Bases) -
         OverlayKind::Kept => Place::Kept { path, cache },
     };
     let (size, limit) = (config.size.map(|size| size.0), config.overlay_limit.map(|limit| limit.0));
-    Ok(Arc::new(OverlayStore::open(&base, &OverlayOptions { place, size, limit })?))
+    Ok(OverlayStore::open(&base, &OverlayOptions { place, size, limit })?)
 }
 
 fn open_plain(config: &DeviceConfig, entrance: &Entrance) -> Result<Arc<dyn Store>, StoreError> {
@@ -145,33 +154,36 @@ fn open_plain(config: &DeviceConfig, entrance: &Entrance) -> Result<Arc<dyn Stor
                 iopoll: config.iopoll,
             })?)
         }
-        (StoreKind::Nbd, _) => open_nbd(config)?,
+        (StoreKind::Nbd, _) => Arc::new(open_nbd(config, config.read_only)?),
         (kind @ (StoreKind::Qcow2 | StoreKind::Vmdk), Some(path)) => {
-            let options = ImageOptions {
-                path: path.clone(),
-                format: if kind == StoreKind::Qcow2 { Format::Qcow2 } else { Format::Vmdk },
-                read_only: config.read_only,
-                cache: file_cache(config),
-                size: config.size.map(|size| size.0),
-            };
-            Arc::new(ImageStore::open(&options, entrance)?)
+            Arc::new(ImageStore::open(&image_options(kind, path, config), entrance)?)
         }
         _ => Arc::new(MemoryStore::new(size).map_err(disk)?),
     })
 }
 
-fn open_nbd(config: &DeviceConfig) -> Result<Arc<dyn Store>, StoreError> {
+fn image_options(kind: StoreKind, path: &Path, config: &DeviceConfig) -> ImageOptions {
+    ImageOptions {
+        path: path.to_owned(),
+        format: if kind == StoreKind::Vmdk { Format::Vmdk } else { Format::Qcow2 },
+        read_only: config.read_only,
+        cache: file_cache(config),
+        size: config.size.map(|size| size.0),
+    }
+}
+
+fn open_nbd(config: &DeviceConfig, read_only: bool) -> Result<NbdStore, StoreError> {
     let uri = config.nbd_uri.as_ref().ok_or(InvalidDevice::NoNbdUri)?;
     let no_ring = |source| StoreError::NbdUring { uri: uri.to_string(), source };
     try_ring(&Waker::new().map_err(StoreError::Descriptor)?).map_err(no_ring)?;
-    Ok(Arc::new(NbdStore::open(NbdOptions {
+    Ok(NbdStore::open(NbdOptions {
         uri: uri.clone(),
-        read_only: config.read_only,
+        read_only,
         connections: config.nbd_connections(),
         deadline: Duration::from_secs(config.nbd_deadline().into()),
         tls_dir: config.nbd_tls_dir.clone(),
         tls_hostname: config.nbd_tls_hostname.clone(),
-    })?))
+    })?)
 }
 
 /// Each worker makes a ring of its own; whether it can is to be known before a guest finds out.
@@ -225,9 +237,13 @@ pub fn describe(config: &DeviceConfig) -> String {
             (OverlayKind::Temporary, _) => "temporary overlay".to_owned(),
             _ => "overlay in memory".to_owned(),
         };
-        return format!("{own} of {}", config.image().unwrap_or(Path::new("nothing")).display());
+        return format!("{own} of {}", describe_plain(config, config.image()));
     }
-    match (config.store_kind(), &config.blk_file) {
+    describe_plain(config, config.blk_file.as_deref())
+}
+
+fn describe_plain(config: &DeviceConfig, file: Option<&Path>) -> String {
+    match (config.store_kind(), file) {
         (StoreKind::Null, _) => "null".to_owned(),
         (StoreKind::File, Some(path)) => path.display().to_string(),
         (StoreKind::Nbd, _) => config.nbd_uri.as_ref().map(ToString::to_string).unwrap_or_default(),

@@ -289,3 +289,33 @@ fn an_image_is_created_if_it_has_a_size() {
     let folder = rig.stop();
     assert!(contents(folder.path(), "new") == disk);
 }
+
+/// Disks that start as copies of one image, which none of them changes.
+#[test]
+fn overlays_lie_over_an_image() {
+    let mut bytes = random_bytes(11, DISK);
+    let rig = Rig::devices(|folder| {
+        fs::write(folder.join("raw"), &bytes).unwrap();
+        qemu_img(folder, &["convert", "-c", "-O", "qcow2", "raw", "base.qcow2"]);
+        qemu_img(folder, &["create", "-f", "qcow2", "-F", "qcow2", "-b", "base.qcow2", "golden.qcow2"]);
+        let overlay = |number: usize| DeviceConfig {
+            overlay_of: Some(folder.join("golden.qcow2")),
+            store: Some(StoreKind::Qcow2),
+            ..DeviceConfig::new(folder.join(format!("blk{number}.sock")))
+        };
+        vec![overlay(0), overlay(1)]
+    });
+    let mut disk = bytes.clone();
+    let mut machine = Machine::new(rig.client_of(0), &BlockOptions::default());
+    random_operations(&mut machine.queues[0], &mut disk, 3, 2000);
+    let mut found = vec![0; DISK as usize];
+    machine.queues[1].read(0, &mut found).unwrap();
+    assert!(found == disk);
+    let mut other = Machine::new(rig.client_of(1), &BlockOptions::default());
+    other.queues[0].read(0, &mut found).unwrap();
+    assert!(found == bytes, "the other's changes are its own");
+    random_operations(&mut other.queues[0], &mut bytes, 4, 500);
+    drop((machine, other));
+    let folder = rig.stop();
+    assert!(contents(folder.path(), "golden.qcow2") == fs::read(folder.path().join("raw")).unwrap());
+}

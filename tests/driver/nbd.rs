@@ -13,10 +13,10 @@ use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair};
 use tempfile::TempDir;
 use testbed::{Process, Progress, Tool};
 use vfio_user_blk::Server;
-use vfio_user_blk::config::{DeviceConfig, ServerConfig};
+use vfio_user_blk::config::{DeviceConfig, OverlayKind, ServerConfig};
 
 use crate::crash::{Journal, Writer};
-use crate::rig::{DISK, LIMIT, OK, Random, Rig, UNSUPP, exercise, until};
+use crate::rig::{DISK, LIMIT, Machine, OK, Random, Rig, UNSUPP, exercise, until};
 use crate::workload::{Arena, Workload};
 
 /// A program that exports the file `disk.img`, or memory.
@@ -100,7 +100,11 @@ impl Export {
                 command.args(options).args([&part("plugin", "memory"), &format!("size={DISK}")]).args(parameters);
                 command
             }
-            Kind::NbdkitFile => nbdkit(&["--unix", &socket, &part("plugin", "file"), &format!("file={image}")]),
+            Kind::NbdkitFile => {
+                let mut command = nbdkit(&["--unix", &socket]);
+                command.args(&self.more).args([&part("plugin", "file"), &format!("file={image}")]);
+                command
+            }
             Kind::NbdkitDelayed => nbdkit(&[
                 "--ipaddr=127.0.0.1",
                 &format!("--port={}", self.port),
@@ -277,38 +281,122 @@ fn all_kinds_of_requests_against_a_plain_copy() {
 fn a_killed_nbd_server_costs_nothing_but_time() {
     for kind in [Kind::NbdkitFile, Kind::QemuRaw, Kind::NbdkitDelayed] {
         let mut export = Export::new(kind);
-        let image = export.image();
         let rig = export.rig();
-        let (mut journal, mut writer) = (Journal::new(), Writer::new(rig.client()));
-        let (over, answers) = (AtomicBool::new(false), AtomicU64::new(0));
-        let journal = thread::scope(|scope| {
-            let (over, answers) = (&over, &answers);
-            let writing = scope.spawn(move || {
-                while !over.load(Ordering::Acquire) {
-                    let batch = journal.last + 1;
-                    journal.last = batch;
-                    let whole = writer.write(batch, &AtomicBool::new(false), || {
-                        answers.fetch_add(1, Ordering::Relaxed);
-                    });
-                    assert!(whole, "{kind:?}: batch {batch}");
-                    journal.acknowledge(batch);
-                }
-                journal
-            });
-            // The servers end with the thread that has started them: this one.
-            let mut random = Random::new(kind as u64);
-            for _ in 0..6 {
-                let fatal = answers.load(Ordering::Relaxed) + random.below(100);
-                until("enough is answered", || answers.load(Ordering::Relaxed) >= fatal || writing.is_finished());
-                export.kill();
-                export.start();
+        kill_under(rig, &mut export);
+    }
+}
+
+/// The same with TLS: each connection makes its keys anew, and what was encrypted for the last is encrypted again.
+#[test]
+fn a_killed_nbd_server_costs_nothing_but_time_with_tls() {
+    let authority = Authority::new("nbd.example");
+    let certificates = format!("--tls-certificates={}", authority.path().display());
+    let mut export =
+        Export::with(Kind::NbdkitFile, &["--tls=require".into(), "--tls-verify-peer".into(), certificates]);
+    let rig = Rig::devices(|folder| {
+        let mut device = export.device(folder);
+        device.nbd_uri = Some(export.uri().replace("nbd+unix", "nbds+unix").parse().unwrap());
+        device.nbd_tls_dir = Some(authority.path());
+        device.nbd_tls_hostname = Some("nbd.example".into());
+        vec![device]
+    });
+    kill_under(rig, &mut export);
+}
+
+/// Kills the server under a writer, some times.
+fn kill_under(rig: Rig, export: &mut Export) {
+    let (kind, image) = (export.kind, export.image());
+    let (mut journal, mut writer) = (Journal::new(), Writer::new(rig.client()));
+    let (over, answers) = (AtomicBool::new(false), AtomicU64::new(0));
+    let journal = thread::scope(|scope| {
+        let (over, answers) = (&over, &answers);
+        let writing = scope.spawn(move || {
+            while !over.load(Ordering::Acquire) {
+                let batch = journal.last + 1;
+                journal.last = batch;
+                let whole = writer.write(batch, &AtomicBool::new(false), || {
+                    answers.fetch_add(1, Ordering::Relaxed);
+                });
+                assert!(whole, "{kind:?}: batch {batch}");
+                journal.acknowledge(batch);
             }
-            over.store(true, Ordering::Release);
-            writing.join().unwrap()
+            journal
         });
+        // The servers end with the thread that has started them: this one.
+        let mut random = Random::new(kind as u64);
+        for _ in 0..6 {
+            let fatal = answers.load(Ordering::Relaxed) + random.below(100);
+            until("enough is answered", || answers.load(Ordering::Relaxed) >= fatal || writing.is_finished());
+            export.kill();
+            export.start();
+        }
+        over.store(true, Ordering::Release);
+        writing.join().unwrap()
+    });
+    rig.stop();
+    export.kill();
+    journal.check(&image);
+}
+
+/// Disks that start as copies of one export, which none of them changes.
+#[test]
+fn overlays_lie_over_an_export() {
+    for kind in [Kind::NbdkitFile, Kind::QemuQcow2, Kind::NbdServer] {
+        let export = Export::new(kind);
+        let mut disk = vec![0; DISK as usize];
+        if kind != Kind::QemuQcow2 {
+            Random::new(5).fill(&mut disk);
+            fs::write(export.image(), &disk).unwrap();
+        }
+        let device = |folder: &Path, number: usize, overlay| DeviceConfig {
+            socket_path: folder.join(format!("blk{number}.sock")),
+            // Of qemu-nbd no more than 8 connections can be had.
+            num_queues: Some(2),
+            overlay: Some(overlay),
+            overlay_file: (overlay == OverlayKind::Kept).then(|| export.folder.path().join("kept.cow")),
+            ..export.device(folder)
+        };
+        let devices = |folder: &Path| {
+            vec![
+                device(folder, 0, OverlayKind::Memory),
+                device(folder, 1, OverlayKind::Kept),
+                device(folder, 2, OverlayKind::Memory),
+            ]
+        };
+        let rig = Rig::devices(devices);
+        for number in 0..3 {
+            let mut machine = Machine::new(rig.client_of(number), &BlockOptions::default());
+            let mut bytes = vec![0; 65536];
+            let last = DISK / 512 - 128;
+            machine.queues[0].read(last, &mut bytes).unwrap();
+            assert!(bytes == disk[disk.len() - 65536..], "{kind:?}: the export shows");
+            exercise(&mut machine.queues);
+            machine.queues[0].write(last + number as u64, &[7; 512]).unwrap();
+            let workload = Workload {
+                first_sector: 8192,
+                requests: 600,
+                largest: 100,
+                sectors: 2048,
+                depth: 32,
+                ..Workload::default()
+            };
+            workload.run(&mut machine.queues[0], &Arena::new(&machine.memory, &workload));
+            machine.queues[0].read(last, &mut bytes).unwrap();
+            let mut expected = disk[disk.len() - 65536..].to_vec();
+            expected[number * 512..][..512].fill(7);
+            assert!(bytes == expected, "{kind:?}: each its own changes and no other's");
+        }
         rig.stop();
-        export.kill();
-        journal.check(&image);
+        let again = Rig::devices(devices);
+        let mut machine = Machine::new(again.client_of(1), &BlockOptions::default());
+        let mut bytes = [0; 512];
+        machine.queues[0].read(DISK / 512 - 127, &mut bytes).unwrap();
+        assert_eq!(bytes, [7; 512], "{kind:?}: it is kept");
+        drop((machine, again));
+        assert!(
+            kind == Kind::QemuQcow2 || fs::read(export.image()).unwrap() == disk,
+            "{kind:?}: the export was changed"
+        );
     }
 }
 

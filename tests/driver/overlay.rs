@@ -2,12 +2,17 @@
 
 use std::fs;
 use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
 
 use client::RequestType;
+use nix::sys::signal::Signal;
+use serde_json::json;
 use vfio_user_blk::config::{Cache, DeviceConfig, OverlayKind, Size};
+use vfio_user_blk::control::ControlClient;
 
-use crate::binary::{Served, run};
-use crate::rig::{DISK, IOERR, Machine, OK, Random, Rig, execute, exercise};
+use crate::binary::{Served, command, run};
+use crate::rig::{DISK, IOERR, Machine, OK, Random, Rig, execute, exercise, until};
 
 /// Makes an image that is no other.
 fn golden(folder: &Path) -> Vec<u8> {
@@ -141,4 +146,175 @@ fn a_writethrough_overlay_has_each_write_in_its_file() {
     let file = fs::read(rig.socket(0).with_file_name("a.cow")).unwrap();
     assert_eq!(file[4096..4104], [0b1000_0000, 0, 0, 0, 0, 0, 0, 0]);
     assert_eq!(file[(1 << 20) + 3 * 512..][..512], [9; 512]);
+}
+
+/// A server of a kept overlay with a control socket, whose operators may have its folder changed.
+fn with_operator(folder: &Path, more: &[String]) -> Vec<String> {
+    let path = |name: &str| folder.join(name).display().to_string();
+    let mut arguments: Vec<_> = [
+        ("--socket-path", "blk.sock"),
+        ("--overlay-of", "golden.img"),
+        ("--overlay-file", "a.cow"),
+        ("--control-socket", "control.sock"),
+    ]
+    .iter()
+    .flat_map(|(option, name)| [(*option).to_owned(), path(name)])
+    .collect();
+    arguments.extend_from_slice(more);
+    arguments
+}
+
+fn ctl(server: &Served, words: &[&str]) -> (bool, String) {
+    let socket = server.folder().join("control.sock");
+    let output = command().arg("ctl").arg("--socket").arg(socket).args(words).output().unwrap();
+    let said = [output.stdout, output.stderr].map(|bytes| String::from_utf8(bytes).unwrap()).concat();
+    (output.status.success(), said)
+}
+
+/// In its sandbox, while a driver is at work.
+#[test]
+fn an_operator_commits_an_overlay_under_a_driver() {
+    let mut image = Vec::new();
+    let server = Served::start(|folder| {
+        image = golden(folder);
+        with_operator(folder, &["--control-allow".into(), folder.display().to_string()])
+    });
+    let golden = server.folder().join("golden.img");
+    let mut machine = Machine::new(server.client(), &Default::default());
+    for round in 1..4_u8 {
+        let over = AtomicBool::new(false);
+        thread::scope(|scope| {
+            let busy = scope.spawn(|| {
+                loop {
+                    exercise(&mut machine.queues);
+                    if over.load(Ordering::Acquire) {
+                        break;
+                    }
+                }
+                machine.queues[0].write(3 * u64::from(round), &[round; 1024]).unwrap();
+            });
+            let (done, said) = ctl(&server, &["commit", "blk"]);
+            assert!(done && said.contains("written into its base"), "{said}");
+            over.store(true, Ordering::Release);
+            busy.join().unwrap();
+        });
+        let (done, said) = ctl(&server, &["--json", "commit", "blk"]);
+        assert!(done, "{said}");
+        image[..4096].fill(0x5a);
+        image[3 * 512 * usize::from(round)..][..1024].fill(round);
+        let found = fs::read(&golden).unwrap();
+        assert!(found[..64 * 512] == image[..64 * 512], "round {round}");
+        let mut whole = vec![0; DISK as usize];
+        machine.queues[0].read(0, &mut whole).unwrap();
+        assert!(whole == found, "the driver sees what the base has");
+    }
+    // The driver's disk under its feet is changed by force only.
+    let before = fs::read(&golden).unwrap();
+    machine.queues[0].write(0, &[0x77; 4096]).unwrap();
+    let (done, said) = ctl(&server, &["discard", "blk"]);
+    assert!(!done && said.contains("force"), "{said}");
+    let (done, said) = ctl(&server, &["discard", "blk", "--force"]);
+    assert!(done && said.contains("is its base again"), "{said}");
+    let mut bytes = [0; 4096];
+    machine.queues[0].read(0, &mut bytes).unwrap();
+    assert!(bytes[..] == before[..4096]);
+    // Without a client, and it stays paused if it was.
+    machine.queues[0].write(8, &[0x78; 4096]).unwrap();
+    assert!(ctl(&server, &["pause", "blk"]).0);
+    drop(machine);
+    until("its client has gone", || ctl(&server, &["list"]).1.contains("paused  -"));
+    assert!(ctl(&server, &["discard", "blk"]).0);
+    assert!(ctl(&server, &["list"]).1.contains("paused"));
+    assert!(ctl(&server, &["resume", "blk"]).0);
+    let folder = server.stop();
+    assert!(fs::read(&golden).unwrap() == before, "{}", folder.path().display());
+    // The overlay knows its base, which it has changed.
+    let server = Served::start_in(folder, |folder| with_operator(folder, &[]));
+    let mut machine = Machine::new(server.client(), &Default::default());
+    machine.queues[0].read(0, &mut bytes).unwrap();
+    assert!(bytes[..] == before[..4096]);
+    machine.queues[0].write(0, &[0x79; 4096]).unwrap();
+    // What the operator has not been given stays closed.
+    let (done, said) = ctl(&server, &["commit", "blk"]);
+    assert!(!done && said.contains("--control-allow"), "{said}");
+    exercise(&mut machine.queues);
+    drop(machine);
+    server.stop();
+    assert!(fs::read(&golden).unwrap() == before);
+}
+
+#[test]
+fn what_has_no_overlay_or_shares_its_base_is_not_committed() {
+    let server = Served::start(|folder| {
+        golden(folder);
+        let path = |name: &str| folder.join(name).display().to_string();
+        let overlay =
+            |name: &str| format!("[[device]]\nsocket_path = {:?}\noverlay_of = {:?}\n", path(name), path("golden.img"));
+        let config = [
+            format!("control_socket = {:?}\ncontrol_allow = [{:?}]\n", path("control.sock"), path("")),
+            overlay("one.sock"),
+            overlay("two.sock"),
+            format!("[[device]]\nsocket_path = {:?}\nsize = \"1M\"\n", path("blk.sock")),
+        ]
+        .concat();
+        fs::write(folder.join("config.toml"), config).unwrap();
+        vec!["--config".into(), path("config.toml")]
+    });
+    let (done, said) = ctl(&server, &["commit", "two"]);
+    assert!(!done && said.contains("1 more of this server's devices"), "{said}");
+    for word in ["commit", "discard"] {
+        let (done, said) = ctl(&server, &[word, "blk"]);
+        assert!(!done && said.contains("no overlay"), "{said}");
+    }
+    assert!(ctl(&server, &["remove", "one"]).0);
+    let (done, said) = ctl(&server, &["commit", "two"]);
+    assert!(done, "{said}");
+    server.stop();
+}
+
+/// Wherever a commit is cut off, overlay and base are the disk together, and the next server ends what was begun.
+#[test]
+fn a_server_killed_in_the_middle_of_a_commit_has_the_same_disk() {
+    let mut folder = tempfile::tempdir().unwrap();
+    let mut disk = golden(folder.path());
+    let arguments = |folder: &Path| with_operator(folder, &["--control-allow".into(), folder.display().to_string()]);
+    let mut random = Random::new(9);
+    let mut found = vec![0; DISK as usize];
+    for round in 0..8 {
+        let server = Served::start_in(folder, arguments);
+        let mut machine = Machine::new(server.client(), &Default::default());
+        machine.queues[0].read(0, &mut found).unwrap();
+        assert!(found == disk, "round {round}");
+        for _ in 0..300 {
+            let len = 1 + random.below(100);
+            let first = random.below(DISK / 512 - len);
+            let data = &mut disk[first as usize * 512..][..len as usize * 512];
+            random.fill(data);
+            machine.queues[0].write(first, data).unwrap();
+        }
+        machine.queues[0].flush().unwrap();
+        drop(machine);
+        let control = server.folder().join("control.sock");
+        folder = thread::scope(|scope| {
+            let mut operator = ControlClient::connect(&control).unwrap();
+            let commit = scope.spawn(move || operator.call("device.commit", &json!({ "device": "blk" })).is_ok());
+            // Anywhere from before its beginning to after its end.
+            for _ in 0..random.below(4000) {
+                thread::yield_now();
+            }
+            server.signal(Signal::SIGKILL);
+            let (_, _, folder) = server.wait();
+            commit.join().unwrap();
+            folder
+        });
+        // Nobody is there to take them away.
+        for name in ["blk.sock", "control.sock"] {
+            let _gone = fs::remove_file(folder.path().join(name));
+        }
+    }
+    let server = Served::start_in(folder, arguments);
+    let (done, said) = ctl(&server, &["commit", "blk"]);
+    assert!(done, "{said}");
+    let folder = server.stop();
+    assert!(fs::read(folder.path().join("golden.img")).unwrap() == disk);
 }

@@ -28,7 +28,7 @@ use super::memory::MemoryStore;
 use super::nbd::NbdStore;
 use super::nbd::testing::{Conduct, Server};
 use super::null::NullStore;
-use super::overlay::{self, OverlayOptions, OverlayStore, Place};
+use super::overlay::{self, Base, OverlayOptions, OverlayStore, Place};
 use super::power_cut::PowerCutStore;
 use super::uring::{SqPoll, Uring, UringOptions, Waker};
 use super::{Backend, Completion, Full, Io, Op, Store};
@@ -879,6 +879,74 @@ impl<const DIRECT: bool> IsStable for Overlay<true, DIRECT> {
     }
 }
 
+/// What an overlay may lie over besides files.
+trait Beneath {
+    /// One of zeroes.
+    fn new(capacity: u64) -> Self;
+
+    fn base(&self) -> Base;
+}
+
+impl<const STRUCTURED: bool> Beneath for Exported<STRUCTURED> {
+    fn new(capacity: u64) -> Self {
+        Fixture::new(capacity)
+    }
+
+    fn base(&self) -> Base {
+        Base::named(Arc::new(self.server.store()), "export")
+    }
+}
+
+/// A qcow2 image that is only read, over others.
+struct Golden {
+    dir: tempfile::TempDir,
+    entrance: Entrance,
+}
+
+impl Beneath for Golden {
+    fn new(capacity: u64) -> Self {
+        let (dir, entrance) = (tempfile::tempdir().unwrap(), image::testing::open_entrance());
+        image::testing::backed(dir.path(), capacity);
+        Self { dir, entrance }
+    }
+
+    fn base(&self) -> Base {
+        let path = self.dir.path().join("image");
+        let options = ImageOptions {
+            path: path.clone(),
+            format: image::Format::Qcow2,
+            read_only: true,
+            cache: Cache::Writeback,
+            size: None,
+        };
+        Base::of_image(Arc::new(ImageStore::open(&options, &self.entrance).unwrap()), &path).unwrap()
+    }
+}
+
+/// An overlay in memory over such a thing.
+struct OverlayOver<B> {
+    store: OverlayStore,
+    _beneath: B,
+}
+
+impl<B: Beneath> Fixture for OverlayOver<B> {
+    fn new(capacity: u64) -> Self {
+        let beneath = B::new(capacity);
+        let options = OverlayOptions { place: Place::Memory, size: None, limit: None };
+        Self { store: OverlayStore::open(&beneath.base(), &options).unwrap(), _beneath: beneath }
+    }
+
+    fn store(&self) -> &dyn Store {
+        &self.store
+    }
+
+    fn ring(waker: &Waker) -> Uring {
+        Uring::new(waker).unwrap()
+    }
+}
+
+impl<B: Beneath> KeepsBlocks for OverlayOver<B> {}
+
 /// Memory that answers when it likes.
 struct Late(FaultyStore);
 
@@ -1024,6 +1092,8 @@ contract! {
     overlay_in_memory: Overlay<false, false>, operations blocks;
     overlay_kept: Overlay<true, false>, operations blocks stable;
     overlay_kept_direct: Overlay<true, true>, operations blocks stable;
+    overlay_of_qcow2: OverlayOver<Golden>, operations blocks;
+    overlay_of_nbd: OverlayOver<Exported<true>>, operations blocks;
     late: Late, operations blocks;
     limited: Limited, operations blocks;
     distant: Distant, operations blocks;

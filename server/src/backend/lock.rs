@@ -96,6 +96,33 @@ impl FileLock {
     }
 }
 
+impl FileLock {
+    /// Has a file that was locked to be read, to be changed; `false` if someone else reads it, and then all is as before.
+    ///
+    /// # Errors
+    /// The system's.
+    pub(super) fn upgrade(&self) -> io::Result<bool> {
+        match self.0.relock(FlockArg::LockExclusiveNonblock) {
+            Ok(()) if lock_bytes(&self.0, Access::Exclusive)? => return Ok(true),
+            Ok(()) | Err(Errno::EWOULDBLOCK) => {}
+            Err(error) => return Err(error.into()),
+        }
+        self.downgrade();
+        Ok(false)
+    }
+
+    /// As it was before [`upgrade`](Self::upgrade).
+    pub(super) fn downgrade(&self) {
+        for byte in Access::Exclusive.held().iter().filter(|byte| !Access::Shared.held().contains(byte)) {
+            let unlocked = fcntl(&*self.0, FcntlArg::F_OFD_SETLK(&byte_lock(HELD + byte, libc::F_UNLCK)));
+            unlocked.map_or_else(|error| log::warn!("a lock stays: {error}"), drop);
+        }
+        if let Err(error) = self.0.relock(FlockArg::LockSharedNonblock) {
+            log::warn!("a lock is lost: {error}");
+        }
+    }
+}
+
 impl Drop for FileLock {
     /// What is open of the file may stay open for longer. (`flock` goes with the field.)
     fn drop(&mut self) {
@@ -157,6 +184,25 @@ mod tests {
             drop(held);
             assert!(take(&file, second).is_ok());
         }
+    }
+
+    #[test]
+    fn a_readers_lock_becomes_a_writers_and_a_readers_again() {
+        let file = file();
+        let mine = take(&file, Access::Shared).unwrap().unwrap();
+        let other = take(&file, Access::Shared).unwrap().unwrap();
+        assert!(!mine.upgrade().unwrap(), "another reads it");
+        assert!(take(&file, Access::Shared).is_ok() && take(&file, Access::Exclusive).is_err(), "as before");
+        drop(other);
+        // By QEMU's rules alone.
+        let qemu = File::open(file.path()).unwrap();
+        assert_eq!(lock_bytes(&qemu, Access::Shared), Ok(true));
+        assert!(!mine.upgrade().unwrap());
+        drop(qemu);
+        assert!(mine.upgrade().unwrap());
+        assert!(take(&file, Access::Shared).is_err());
+        mine.downgrade();
+        assert!(take(&file, Access::Shared).is_ok() && take(&file, Access::Exclusive).is_err());
     }
 
     /// What QEMU's own locks mean to us, without `flock`, which QEMU does not use.

@@ -56,6 +56,27 @@ impl MemoryStore {
         Ok(self)
     }
 
+    /// Copies what it holds from byte `offset` on.
+    ///
+    /// # Errors
+    /// If it ends before.
+    pub(super) fn read_at(&self, offset: u64, to: &mut [u8]) -> io::Result<()> {
+        self.blocks().slice(offset, to.len() as u64)?.copy_to(to);
+        Ok(())
+    }
+
+    /// Zero from here on, without memory.
+    ///
+    /// # Errors
+    /// If the system refuses.
+    pub(super) fn clear(&self) -> io::Result<()> {
+        let blocks = self.blocks();
+        let len = blocks.region.size() as u64;
+        let freed = blocks.free(0, len)?;
+        blocks.fill(0, freed.start)?;
+        blocks.fill(freed.end, len - freed.end)
+    }
+
     fn blocks(&self) -> MutexGuard<'_, Arc<Blocks>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }

@@ -44,6 +44,10 @@ pub enum CtlCommand {
     Resume(DeviceArgs),
     /// Pause a device, and put what it has completed on stable storage: its image can be copied until it is resumed
     Drain(DeviceArgs),
+    /// Write an overlay's changes into its base, which must be no other device's: the overlay is empty then, and the disk as before
+    Commit(DeviceArgs),
+    /// Forget an overlay's changes: the disk is its base again
+    Discard(DiscardArgs),
     /// Show what a device's queues have done
     Statistics(DeviceArgs),
     /// Have them count anew; metrics go on as they were
@@ -75,6 +79,17 @@ pub struct RemoveArgs {
     pub device: String,
 
     /// Even if a client is connected, whose guest then loses the disk
+    #[arg(long)]
+    pub force: bool,
+}
+
+/// Whose changes to forget
+#[derive(Clone, Debug, Args)]
+pub struct DiscardArgs {
+    /// Its name, its socket, or the file name of that, with or without extension
+    pub device: String,
+
+    /// Even if a client is connected, whose guest then finds another disk under its feet
     #[arg(long)]
     pub force: bool,
 }

@@ -147,7 +147,8 @@ pub struct DeviceConfig {
     /// Name in the NBD server's certificate [default: the URI's host, or localhost for a UNIX socket]
     #[arg(long, value_name = "NAME")]
     pub nbd_tls_hostname: Option<String>,
-    /// Image file or block device that the disk starts as a copy of, which is only read and may be shared by many devices
+    /// Image file or block device that the disk starts as a copy of, which is only read and may be shared by many devices; a qcow2
+    /// or VMDK image with --store
     #[arg(long, value_name = "FILE")]
     pub overlay_of: Option<PathBuf>,
 
@@ -226,7 +227,7 @@ pub enum StoreKind {
 
 impl StoreKind {
     /// Whether it lives in a file, which blk_file names.
-    fn has_file(self) -> bool {
+    pub(super) fn has_file(self) -> bool {
         matches!(self, Self::File | Self::Qcow2 | Self::Vmdk)
     }
 }
@@ -425,7 +426,9 @@ impl DeviceConfig {
             return Err(InvalidDevice::FileUnused);
         }
         let nbd = self.store_kind() == StoreKind::Nbd;
-        if !has_file && self.cache.is_some_and(|cache| !nbd || cache == Cache::None) {
+        // The cache of an overlay is its own.
+        let plain = self.overlay().is_none();
+        if plain && !has_file && self.cache.is_some_and(|cache| !nbd || cache == Cache::None) {
             return Err(InvalidDevice::CacheUnused);
         }
         self.check_nbd(nbd)?;
@@ -485,7 +488,7 @@ impl DeviceConfig {
                 false => Ok(()),
             };
         };
-        if self.size.is_some() {
+        if self.size.is_some() && self.overlay().is_none() {
             return Err(InvalidDevice::NbdSize);
         }
         if if uri.is_tls() { self.nbd_tls_dir.is_none() } else { tls } {

@@ -28,7 +28,7 @@ pub enum InvalidOverlay {
     #[error("overlay_of names an image by itself; leave {0} out, or say overlay in place of overlay_of")]
     TwoBases(&'static str),
     /// A base that cannot be shared.
-    #[error("overlay is for store = \"file\" only; name an image by overlay_of")]
+    #[error("overlay needs something to lie over; name an image by overlay_of, or an export by nbd_uri")]
     NoBase,
     /// No place for its file.
     #[error("overlay = \"kept\" needs overlay_file, the file to keep changes in, which is made if there is none")]
@@ -63,7 +63,7 @@ impl DeviceConfig {
         self.overlay.or(kept).or(self.overlay_of.as_ref().map(|_| OverlayKind::Memory))
     }
 
-    /// The file that the store, or an overlay's base, is.
+    /// The file that the store, or an overlay's base, is. What format it has, `store` says.
     pub fn image(&self) -> Option<&Path> {
         self.overlay_of.as_deref().or(self.blk_file.as_deref())
     }
@@ -75,8 +75,9 @@ impl DeviceConfig {
         };
         let refusals = [
             (self.overlay_of.is_some() && self.blk_file.is_some(), InvalidOverlay::TwoBases("blk_file")),
-            (self.overlay_of.is_some() && self.store.is_some(), InvalidOverlay::TwoBases("store")),
-            (self.store_kind() != StoreKind::File, InvalidOverlay::NoBase),
+            (self.overlay_of.is_some() && self.nbd_uri.is_some(), InvalidOverlay::TwoBases("nbd_uri")),
+            (self.overlay_of.is_some() && !self.store_kind().has_file(), InvalidOverlay::TwoBases("store")),
+            (matches!(self.store_kind(), StoreKind::Memory | StoreKind::Null), InvalidOverlay::NoBase),
             (kind == OverlayKind::Kept && self.overlay_file.is_none(), InvalidOverlay::NoFile),
             (kind == OverlayKind::Temporary && self.overlay_file.is_none(), InvalidOverlay::NoFolder),
             (kind == OverlayKind::Memory && self.overlay_file.is_some(), InvalidOverlay::FileUnused),
@@ -119,6 +120,9 @@ mod tests {
         assert_eq!(kind("overlay_of = 'a'"), (Some(OverlayKind::Memory), Some("a".to_owned())));
         assert_eq!(kind("overlay_of = 'a'\noverlay_file = 'b'"), (Some(OverlayKind::Kept), Some("a".to_owned())));
         assert_eq!(kind("overlay = 'memory'\nblk_file = 'a'"), (Some(OverlayKind::Memory), Some("a".to_owned())));
+        assert_eq!(kind("overlay_of = 'a'\nstore = 'qcow2'"), (Some(OverlayKind::Memory), Some("a".to_owned())));
+        let export = "overlay = 'kept'\nnbd_uri = 'nbd://a/b'\noverlay_file = 'c'\ncache = 'none'\nsize = '1G'";
+        assert_eq!(kind(export), (Some(OverlayKind::Kept), None));
         let temporary = "overlay = 'temporary'\nblk_file = 'a'\nstore = 'file'\noverlay_file = '/tmp'\ncache = 'none'";
         assert_eq!(kind(temporary), (Some(OverlayKind::Temporary), Some("a".to_owned())));
     }
@@ -127,9 +131,10 @@ mod tests {
     fn what_does_not_go_together_is_refused() {
         assert_eq!(check(|device| device.overlay_limit = Some(Size(4096))), Ok(()));
         type Refusal = (fn(&mut DeviceConfig), InvalidOverlay);
-        let refusals: [Refusal; 12] = [
+        let refusals: [Refusal; 13] = [
             (|device| device.blk_file = Some("a".into()), InvalidOverlay::TwoBases("blk_file")),
-            (|device| device.store = Some(StoreKind::File), InvalidOverlay::TwoBases("store")),
+            (|device| device.store = Some(StoreKind::Null), InvalidOverlay::TwoBases("store")),
+            (|device| device.nbd_uri = Some("nbd://a/".parse().unwrap()), InvalidOverlay::TwoBases("nbd_uri")),
             (|device| device.overlay = Some(OverlayKind::Kept), InvalidOverlay::NoFile),
             (|device| device.overlay = Some(OverlayKind::Temporary), InvalidOverlay::NoFolder),
             (|device| device.cache = Some(Cache::None), InvalidOverlay::CacheUnused),

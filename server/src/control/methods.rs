@@ -1,5 +1,7 @@
 //! What an operator can ask for; docs/control.md describes each.
 
+use std::time::Instant;
+
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
@@ -7,6 +9,7 @@ use serde_json::{Value, json};
 use super::rpc::Failure;
 use super::snapshot::Snapshot;
 use crate::backend::hold::HeldRequests;
+use crate::backend::overlay::{Emptied, EmptyError};
 use crate::backend::power_cut::PowerCut;
 use crate::config::{DeviceConfig, FabricChoice, InvalidFabric, RateLimits, Size};
 use crate::devices::{AddError, Devices, Handle};
@@ -31,6 +34,8 @@ const METHODS: &[(&str, Method)] = &[
     ("device.resume", resume),
     ("device.drain", drain),
     ("device.power_cut", power_cut),
+    ("device.commit", commit),
+    ("device.discard", discard),
     ("device.statistics", statistics),
     ("device.reset_statistics", reset_statistics),
     ("device.set_limits", set_limits),
@@ -61,7 +66,7 @@ struct Named {
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
-struct Remove {
+struct Forced {
     device: String,
     #[serde(default)]
     force: bool,
@@ -132,10 +137,23 @@ impl From<OrderError> for Failure {
     fn from(error: OrderError) -> Self {
         let code = match error {
             OrderError::InUse => Self::IN_USE,
-            OrderError::Busy | OrderError::Silent => Self::BUSY,
+            OrderError::NoOverlay => Self::INVALID_DEVICE,
+            OrderError::Busy | OrderError::Silent | OrderError::Emptying => Self::BUSY,
             OrderError::Shrinks { .. } => Self::LOSES_DATA,
             OrderError::Storage(_) => Self::SYSTEM,
             OrderError::Gone => Self::NO_DEVICE,
+        };
+        Self::new(code, error)
+    }
+}
+
+impl From<EmptyError> for Failure {
+    fn from(error: EmptyError) -> Self {
+        let code = match error {
+            EmptyError::Shared(_) | EmptyError::Busy { .. } => Self::IN_USE,
+            EmptyError::Already | EmptyError::Stopped => Self::BUSY,
+            EmptyError::Larger { .. } | EmptyError::HalfCommitted => Self::LOSES_DATA,
+            _ => Self::SYSTEM,
         };
         Self::new(code, error)
     }
@@ -191,7 +209,7 @@ fn add(devices: &Devices, given: Value) -> Result<Value, Failure> {
 }
 
 fn remove(devices: &Devices, given: Value) -> Result<Value, Failure> {
-    let Remove { device, force } = params(given)?;
+    let Forced { device, force } = params(given)?;
     let device = find(devices, &device)?;
     let flushed = devices.remove(&device, force)?;
     log::info!("{}: removed by an operator", device.name);
@@ -245,6 +263,31 @@ fn drain(devices: &Devices, given: Value) -> Result<Value, Failure> {
         .flush()
         .map_err(|error| Failure::new(Failure::SYSTEM, format!("it is paused, but cannot be flushed: {error}")))?;
     Ok(drained)
+}
+
+fn commit(devices: &Devices, given: Value) -> Result<Value, Failure> {
+    let Named { device } = params(given)?;
+    let device = find(devices, &device)?;
+    let begun = Instant::now();
+    let go_on = || !devices.are_stopping();
+    let Emptied { own, written, zeroed } = device.empty::<Failure>(|_| Ok(()), |overlay| overlay.commit(&go_on))?;
+    let seconds = begun.elapsed().as_secs_f64();
+    log::info!("{}: committed by an operator: {written} bytes and {zeroed} of zeroes in {seconds:.1} s", device.name);
+    Ok(json!({ "device": device.name, "freed": own, "written": written, "zeroed": zeroed, "seconds": seconds }))
+}
+
+fn discard(devices: &Devices, given: Value) -> Result<Value, Failure> {
+    let Forced { device, force } = params(given)?;
+    let device = find(devices, &device)?;
+    let detached = |status: &Status| match status.client {
+        Some(_) if !force => Err(Failure::from(OrderError::InUse)),
+        _ => Ok(()),
+    };
+    // Asked before it is paused for that, and again when nobody can have seen anything of it since.
+    detached(&device.status())?;
+    let Emptied { own, .. } = device.empty(detached, |overlay| overlay.discard())?;
+    log::info!("{}: discarded by an operator: {own} bytes", device.name);
+    Ok(json!({ "device": device.name, "freed": own }))
 }
 
 fn statistics(devices: &Devices, given: Value) -> Result<Value, Failure> {

@@ -63,6 +63,12 @@ pub(crate) enum OrderError {
         /// Bytes that it has.
         now: u64,
     },
+    /// It has no overlay.
+    #[error("it has no overlay")]
+    NoOverlay,
+    /// Its overlay is worked on as a whole.
+    #[error("its overlay is being committed or discarded; wait for the end of that")]
+    Emptying,
     /// The storage's.
     #[error("the storage cannot: {0}")]
     Storage(#[from] io::Error),

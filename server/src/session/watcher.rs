@@ -4,6 +4,7 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 
 use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use vfio_user::Connection;
@@ -75,6 +76,14 @@ impl Stop {
         if let Err(error) = self.0.write(1) {
             log::error!("cannot tell the sessions to stop: {error}");
         }
+    }
+}
+
+impl Stop {
+    /// Whether it is.
+    pub(crate) fn is_now(&self) -> bool {
+        let mut fds = [PollFd::new(self.0.as_fd(), PollFlags::POLLIN)];
+        poll(&mut fds, PollTimeout::ZERO).is_ok_and(|ready| ready > 0)
     }
 }
 

@@ -6,6 +6,7 @@ use std::time::Duration;
 use super::{StoreError, faults};
 use crate::backend::Store;
 use crate::backend::hold::{Held, HoldStore, OnError};
+use crate::backend::overlay::OverlayStore;
 use crate::backend::power_cut::PowerCutStore;
 use crate::config::{self, DeviceConfig};
 use crate::sandbox::Entrance;
@@ -13,6 +14,8 @@ use crate::sandbox::Entrance;
 /// What operators do to a device's layers while it is served.
 #[derive(Clone, Default)]
 pub(crate) struct BuiltIn {
+    /// The overlay that the device's blocks are in; `None` if they are in no overlay. The device owns it.
+    pub(crate) overlay: Option<Weak<OverlayStore>>,
     /// What has failed and waits; `None` if failures are reported.
     pub(crate) held: Option<Arc<Held>>,
     /// The cache that loses its power; `None` if there is none. The device owns it.
@@ -23,10 +26,11 @@ pub(crate) struct BuiltIn {
 /// purpose, so that these errors are met too, and last the cache that a power cut empties.
 pub(super) fn with_layers(
     store: Arc<dyn Store>,
+    overlay: Option<Weak<OverlayStore>>,
     config: &DeviceConfig,
     entrance: &Entrance,
 ) -> Result<(Arc<dyn Store>, BuiltIn), StoreError> {
-    let mut built_in = BuiltIn::default();
+    let mut built_in = BuiltIn { overlay, ..BuiltIn::default() };
     let mut store = store;
     if config.power_cut {
         let socket_path = || config.socket_path.clone();

@@ -81,6 +81,7 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
     // Before the first round, so that no measurement waits for a download or a build.
     Tool::Fio.command(&progress)?;
     Tool::QemuStorageDaemon.command(&progress)?;
+    Tool::Nbdkit.command(&progress)?;
     Server::build()?;
 
     let load = std::fs::read_to_string("/proc/loadavg").unwrap_or_default();

@@ -36,6 +36,7 @@ enum Measure {
     Ours(Store, &'static str, Load),
     QemuStorageDaemon(Store, Load),
     Fio(Load),
+    FioNbd(Load),
     Beside(u16),
 }
 
@@ -46,6 +47,7 @@ impl Subject {
                 Store::Null => "null",
                 Store::Memory => "memory",
                 Store::File => "file, direct",
+                Store::Nbd => "NBD, nbdkit's memory",
             };
             let way = if load.write { "write" } else { "read" };
             let driver = if load.completion == Completion::Event { ", driver sleeping" } else { "" };
@@ -62,6 +64,7 @@ impl Subject {
                 (format!("qemu-storage-daemon: {}", what(*store, load)), Unit::Rate)
             }
             Measure::Fio(load) => (format!("fio: {}", what(Store::File, load)), Unit::Rate),
+            Measure::FioNbd(load) => (format!("fio, libnbd: {}", what(Store::Nbd, load)), Unit::Rate),
             Measure::Beside(0) => ("vfio-user-blk, depth 1: p99, the other device idle".to_owned(), Unit::Nanoseconds),
             Measure::Beside(depth) => {
                 (format!("vfio-user-blk, depth 1: p99, the other device at depth {depth}"), Unit::Nanoseconds)
@@ -73,11 +76,13 @@ impl Subject {
 
 /// All that is measured.
 pub(super) fn subjects(place: &Place) -> Vec<Subject> {
-    use Measure::{Beside, CacheLine, Copy, EventFd, Fio, Ours, QemuStorageDaemon};
-    use Store::{File, Memory, Null};
+    use Measure::{Beside, CacheLine, Copy, EventFd, Fio, FioNbd, Ours, QemuStorageDaemon};
+    use Store::{File, Memory, Nbd, Null};
     let load = |store, depth| Load { write: false, depth, completion: Completion::Poll, size: place.size(store) };
     let event = |depth| Load { completion: Completion::Event, ..load(Null, depth) };
     let write = |depth| Load { write: true, ..load(File, depth) };
+    // The driver sleeps, for its processor is the NBD server's too.
+    let nbd = |write| Load { write, completion: Completion::Event, ..load(Nbd, 32) };
     let measures = [
         ("cache-line", CacheLine),
         ("copy", Copy),
@@ -105,6 +110,12 @@ pub(super) fn subjects(place: &Place) -> Vec<Subject> {
         ("file-write-32", Ours(File, "adaptive", write(32))),
         ("file-write-fio-32", Fio(write(32))),
         ("file-write-qsd-32", QemuStorageDaemon(File, write(32))),
+        ("nbd-read-32", Ours(Nbd, "adaptive", nbd(false))),
+        ("nbd-read-qsd-32", QemuStorageDaemon(Nbd, nbd(false))),
+        ("nbd-read-fio-32", FioNbd(nbd(false))),
+        ("nbd-write-32", Ours(Nbd, "adaptive", nbd(true))),
+        ("nbd-write-qsd-32", QemuStorageDaemon(Nbd, nbd(true))),
+        ("nbd-write-fio-32", FioNbd(nbd(true))),
         ("beside-idle", Beside(0)),
         ("beside-flooded", Beside(MAX_DEPTH)),
     ];
@@ -136,6 +147,7 @@ pub(super) fn measure(
                 Measure::Ours(store, poll, load) => servers::ours(place, *store, poll, *load, duration),
                 Measure::QemuStorageDaemon(store, load) => servers::qemu_storage_daemon(place, *store, *load, duration),
                 Measure::Fio(load) => servers::fio(place, *load, duration),
+                Measure::FioNbd(load) => servers::fio_nbd(place, *load, duration),
                 Measure::Beside(depth) => tenants::beside(place, *depth, duration),
             };
             let value = value.map_err(|error| error.context(subject.title.clone()))?;
@@ -190,7 +202,7 @@ fn time(rate: f64) -> f64 {
     1e9 / rate
 }
 
-const RATIOS: [Ratio; 17] = [
+const RATIOS: [Ratio; 21] = [
     Ratio {
         title: "null, always polling, depth 1: time a request over the cache-line round trip",
         bar: Some(Bar::AtMost(2.5)),
@@ -250,6 +262,26 @@ const RATIOS: [Ratio; 17] = [
         title: "two devices, the other at depth 256: p99 at depth 1 over alone",
         bar: Some(Bar::AtMost(2.0)),
         of: |value| value("beside-flooded") / value("beside-idle"),
+    },
+    Ratio {
+        title: "NBD, read, depth 32: rate over qemu-storage-daemon with the same export",
+        bar: Some(Bar::AtLeast(1.2)),
+        of: |value| value("nbd-read-32") / value("nbd-read-qsd-32"),
+    },
+    Ratio {
+        title: "NBD, write, depth 32: the same",
+        bar: Some(Bar::AtLeast(1.2)),
+        of: |value| value("nbd-write-32") / value("nbd-write-qsd-32"),
+    },
+    Ratio {
+        title: "NBD, read, depth 32: rate over fio with the same export",
+        bar: None,
+        of: |value| value("nbd-read-32") / value("nbd-read-fio-32"),
+    },
+    Ratio {
+        title: "NBD, write, depth 32: the same",
+        bar: None,
+        of: |value| value("nbd-write-32") / value("nbd-write-fio-32"),
     },
     Ratio {
         title: "driver sleeping on eventfds, null, depth 1: rate over qemu-storage-daemon",

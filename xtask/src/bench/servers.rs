@@ -14,6 +14,8 @@ use super::{DRIVER_CPU, SERVER_CPU, disk, vhost_user};
 
 /// Bytes of a disk that has no file.
 const DISK_SIZE: u64 = 512 << 20;
+/// The plugin that exports memory.
+const NBDKIT_MEMORY: &str = "usr/lib/x86_64-linux-gnu/nbdkit/plugins/nbdkit-memory-plugin.so";
 /// How long a server may take to listen.
 const LIMIT: Duration = Duration::from_secs(20);
 /// How long it may be between two looks for its socket.
@@ -25,6 +27,8 @@ pub(super) enum Store {
     Null,
     Memory,
     File,
+    /// An export of nbdkit's, of memory, over a UNIX socket.
+    Nbd,
 }
 
 /// The folder of sockets and the file that all servers of a file serve.
@@ -36,6 +40,11 @@ pub(super) struct Place {
 }
 
 impl Place {
+    /// The socket of the NBD server.
+    fn nbd(&self) -> PathBuf {
+        self.folder.join("nbd.sock")
+    }
+
     pub(super) fn size(&self, store: Store) -> u64 {
         if store == Store::File { self.file_size } else { DISK_SIZE }
     }
@@ -44,12 +53,14 @@ impl Place {
 /// `vfio-user-blk`: requests a second.
 pub(super) fn ours(place: &Place, store: Store, poll: &str, load: Load, duration: Duration) -> Result<f64> {
     let socket = place.folder.join("blk.sock");
+    let _export = export(place, store)?;
     let mut command = on(SERVER_CPU, Command::new(binary()?));
     command.args(["serve", "--workers", "1", "--num-queues", "1", "--poll", poll, "--socket-path"]).arg(&socket);
     match store {
         Store::Null => command.args(["--store", "null", "--size", &DISK_SIZE.to_string()]),
         Store::Memory => command.args(["--store", "memory", "--size", &DISK_SIZE.to_string()]),
         Store::File => command.arg("--blk-file").arg(&place.file),
+        Store::Nbd => command.args(["--nbd-uri", &format!("nbd+unix:///?socket={}", place.nbd().display())]),
     };
     let _server = start("vfio-user-blk", &mut command, &socket)?;
     if store == Store::Memory {
@@ -69,9 +80,11 @@ pub(super) fn ours(place: &Place, store: Store, poll: &str, load: Load, duration
 /// requests a second.
 pub(super) fn qemu_storage_daemon(place: &Place, store: Store, load: Load, duration: Duration) -> Result<f64> {
     let socket = place.folder.join("vhost.sock");
+    let _export = export(place, store)?;
     let mut command = on(SERVER_CPU, Tool::QemuStorageDaemon.command(&Progress::silent())?);
     let node = match store {
         Store::File => format!("file,filename={},aio=io_uring,cache.direct=on", place.file.display()),
+        Store::Nbd => format!("nbd,server.type=unix,server.path={}", place.nbd().display()),
         _ => format!("null-co,read-zeroes=off,size={DISK_SIZE}"),
     };
     let export = format!("addr.type=unix,addr.path={},writable=on,num-queues=1,iothread=io", socket.display());
@@ -88,6 +101,34 @@ pub(super) fn qemu_storage_daemon(place: &Place, store: Store, load: Load, durat
     })
 }
 
+/// The export that a device of [`Store::Nbd`] has its blocks from, beside the driver: what serves the device has a processor of its
+/// own.
+fn export(place: &Place, store: Store) -> Result<Option<Process>> {
+    if store != Store::Nbd {
+        return Ok(None);
+    }
+    let mut command = on(DRIVER_CPU, Tool::Nbdkit.command(&Progress::silent())?);
+    let plugin = Tool::Nbdkit.file(NBDKIT_MEMORY, &Progress::silent())?;
+    command.args(["--foreground", "--newstyle", "--unix"]).arg(place.nbd()).arg(plugin);
+    command.arg(format!("size={DISK_SIZE}"));
+    start("nbdkit", &mut command, &place.nbd()).map(Some)
+}
+
+/// fio as a client of the same export, by libnbd: requests a second.
+pub(super) fn fio_nbd(place: &Place, load: Load, duration: Duration) -> Result<f64> {
+    let _export = export(place, Store::Nbd)?;
+    let mut command = on(SERVER_CPU, Tool::Fio.command(&Progress::silent())?);
+    command
+        .args(["--name=bench", "--ioengine=nbd", "--bs=4k", "--time_based", "--ramp_time=100ms", "--norandommap"])
+        .args(["--random_generator=tausworthe64", "--thread", "--output-format=json"])
+        .arg(format!("--uri=nbd+unix:///?socket={}", place.nbd().display()))
+        .arg(format!("--size={DISK_SIZE}"))
+        .arg(format!("--rw={}", if load.write { "randwrite" } else { "randread" }))
+        .arg(format!("--iodepth={}", load.depth))
+        .arg(format!("--runtime={}ms", duration.as_millis()));
+    rate(&command, load)
+}
+
 /// fio on the file itself, with all that io_uring has to be fast: requests a second.
 pub(super) fn fio(place: &Place, load: Load, duration: Duration) -> Result<f64> {
     let mut command = on(SERVER_CPU, Tool::Fio.command(&Progress::silent())?);
@@ -100,7 +141,12 @@ pub(super) fn fio(place: &Place, load: Load, duration: Duration) -> Result<f64> 
         .arg(format!("--rw={pattern}"))
         .arg(format!("--iodepth={}", load.depth))
         .arg(format!("--runtime={}ms", duration.as_millis()));
-    let report: Value = serde_json::from_str(&output(&command)?).context("fio's report")?;
+    rate(&command, load)
+}
+
+/// The rate in fio's report.
+fn rate(fio: &Command, load: Load) -> Result<f64> {
+    let report: Value = serde_json::from_str(&output(fio)?).context("fio's report")?;
     let way = if load.write { "write" } else { "read" };
     let rate = report.pointer(&format!("/jobs/0/{way}/iops")).and_then(Value::as_f64);
     rate.filter(|rate| *rate > 0.0).context("fio's report has no rate")

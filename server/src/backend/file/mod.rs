@@ -18,6 +18,7 @@ mod error;
 mod geometry;
 mod open;
 mod resize;
+mod rewrite;
 mod transfer;
 
 use std::fs::File;
@@ -29,6 +30,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64};
 
 pub use error::{OpenError, OpenFailure};
 pub(super) use geometry::{Alignment, Device, MAX_ALIGNMENT, Page};
+pub(super) use rewrite::{RewriteError, free};
 use transfer::{Shared, Transfer};
 
 use super::lock::FileLock;
@@ -90,7 +92,7 @@ struct Opened {
     /// Bytes; those of `info` are what it had when it was opened.
     capacity: AtomicU64,
     /// Held against others that use the file.
-    _lock: Option<FileLock>,
+    lock: Option<FileLock>,
 }
 
 #[derive(Debug)]

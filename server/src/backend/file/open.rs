@@ -77,18 +77,7 @@ impl Opened {
         let no_discard = AtomicBool::new(!discards);
         let (fixed_buffers, iopoll) = (options.fixed_buffers, options.iopoll);
         let capacity = AtomicU64::new(capacity);
-        Ok(Self {
-            file,
-            direct,
-            info,
-            fixed_buffers,
-            iopoll,
-            no_discard,
-            no_punch_hole,
-            no_zero_range,
-            capacity,
-            _lock: lock,
-        })
+        Ok(Self { file, direct, info, fixed_buffers, iopoll, no_discard, no_punch_hole, no_zero_range, capacity, lock })
     }
 }
 

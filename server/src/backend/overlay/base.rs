@@ -1,7 +1,9 @@
 //! What lies under overlays.
 
+use std::fs::File;
 use std::io;
 use std::os::unix::fs::{FileExt, MetadataExt};
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use super::OverlayFailure;
@@ -18,6 +20,10 @@ const SAMPLE: usize = 4096;
 pub struct Base {
     pub(super) store: Arc<dyn Store>,
     pub(super) identity: BaseIdentity,
+    /// If it is a file or block device: that, and its path.
+    pub(super) file: Option<(Arc<FileStore>, PathBuf)>,
+    /// One for each clone, which is one for each overlay.
+    pub(super) users: Arc<()>,
 }
 
 /// What tells a base from others, for overlays that are kept.
@@ -36,9 +42,44 @@ impl Base {
     ///
     /// # Errors
     /// If it cannot be read.
-    pub fn of_file(store: FileStore) -> io::Result<Self> {
-        let file = store.buffered();
-        let capacity = store.info().capacity;
+    pub fn of_file(store: FileStore, path: &Path) -> io::Result<Self> {
+        let identity = BaseIdentity::of_file(&store)?;
+        let store = Arc::new(store);
+        Ok(Self {
+            store: Arc::clone(&store) as _,
+            identity,
+            file: Some((store, path.to_owned())),
+            users: Arc::default(),
+        })
+    }
+
+    /// An image in a file, known by what the file holds and when it was last changed.
+    ///
+    /// # Errors
+    /// If it cannot be read.
+    pub fn of_image(store: Arc<dyn Store>, path: &Path) -> io::Result<Self> {
+        let file = File::open(path)?;
+        let len = file.metadata()?.len();
+        let identity = BaseIdentity { capacity: store.info().capacity, ..BaseIdentity::of(&file, len)? };
+        Ok(Self { store, identity, file: None, users: Arc::default() })
+    }
+
+    /// Any other store, known by a name that no other has.
+    pub fn named(store: Arc<dyn Store>, name: &str) -> Self {
+        let identity =
+            BaseIdentity { capacity: store.info().capacity, fingerprint: fnv(name.as_bytes()), modified: None };
+        Self { store, identity, file: None, users: Arc::default() }
+    }
+}
+
+impl BaseIdentity {
+    /// That of a file or block device as it is now.
+    pub(super) fn of_file(store: &FileStore) -> io::Result<Self> {
+        Self::of(store.buffered(), store.info().capacity)
+    }
+
+    /// That of a file of `capacity` bytes.
+    fn of(file: &File, capacity: u64) -> io::Result<Self> {
         let metadata = file.metadata()?;
         let mut samples = Vec::with_capacity(SAMPLES as usize * SAMPLE);
         let step = (capacity / SAMPLES).max(SAMPLE as u64);
@@ -50,19 +91,9 @@ impl Base {
             samples.extend_from_slice(sample);
         }
         let modified = metadata.is_file().then(|| (metadata.mtime(), metadata.mtime_nsec()));
-        let identity = BaseIdentity { capacity, fingerprint: fnv(&samples), modified };
-        Ok(Self { store: Arc::new(store), identity })
+        Ok(Self { capacity, fingerprint: fnv(&samples), modified })
     }
 
-    /// Any other store, known by a name that no other has.
-    pub fn named(store: Arc<dyn Store>, name: &str) -> Self {
-        let identity =
-            BaseIdentity { capacity: store.info().capacity, fingerprint: fnv(name.as_bytes()), modified: None };
-        Self { store, identity }
-    }
-}
-
-impl BaseIdentity {
     /// Whether an overlay over this one may be opened over `found`.
     pub(super) fn check(&self, found: &Self) -> Result<(), OverlayFailure> {
         if self.capacity != found.capacity {

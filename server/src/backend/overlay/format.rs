@@ -2,7 +2,7 @@
 //!
 //! | bytes | what |
 //! |---|---|
-//! | 0 to 4096 | the header, written when the file is made and never again |
+//! | 0 to 4096 | the header, written when the file is made and when it is emptied |
 //! | from 4096 on | the map: two bits a sector, in words of 64 bits, the first sector lowest: 0 the base's, 1 zero, 2 the overlay's own |
 //! | from the next multiple of 1 MiB on | the sectors, each where it is on the disk; the file ends with the disk |
 //!
@@ -12,7 +12,7 @@
 //! |---|---|
 //! | 0 | `VUB-COW\n` |
 //! | 8 | 4 bytes: version, 1 |
-//! | 12 | 4 bytes: 1 if the base has a time of modification |
+//! | 12 | 4 bytes: bit 0 if the base has a time of modification, bit 1 while the overlay is committed, bit 2 while it is discarded |
 //! | 16 | bytes of the disk |
 //! | 24 | bytes of the base |
 //! | 32 | the base's fingerprint |
@@ -29,6 +29,11 @@
 //! several, then each that has arrived speaks of sectors that are there, and each that has not is as the flush before left it:
 //! the flush that was cut off was never answered. Sectors that no map speaks of are left over from unflushed writes, and are
 //! never looked at.
+//!
+//! An overlay that is committed is marked before its base is changed, and the mark goes with the last of its sectors: while it
+//! is marked, base and overlay together are the disk, whatever of the overlay the base has already, and of the base only the
+//! size is looked at. One that is discarded is marked before the first of its sectors goes; what is found of it then is
+//! discarded.
 
 use std::fs::{self, File, OpenOptions};
 use std::io;
@@ -38,10 +43,16 @@ use std::path::{Path, PathBuf};
 use super::base::{BaseIdentity, fnv};
 use super::map::{Map, PAGE};
 use super::{OverlayError, OverlayFailure};
+use crate::backend::SECTOR;
+use crate::backend::file::free;
 
 const MAGIC: [u8; 8] = *b"VUB-COW\n";
 const VERSION: u32 = 1;
 const HEADER: u64 = 4096;
+/// What the word of flags may have.
+const MODIFIED: u32 = 1;
+const COMMITTED: u32 = 2;
+const DISCARDED: u32 = 4;
 /// Where sectors start is a multiple of this, for file systems and devices that like large steps.
 const ALIGNMENT: u64 = 1 << 20;
 /// Bytes of the map that are read at a time.
@@ -54,6 +65,20 @@ pub(super) struct Header {
     pub(super) capacity: u64,
     /// What it lies over.
     pub(super) base: BaseIdentity,
+    /// What is being done to it as a whole.
+    pub(super) fate: Fate,
+}
+
+/// What is being done to an overlay as a whole.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) enum Fate {
+    /// Nothing.
+    #[default]
+    Kept,
+    /// It is written into its base.
+    Committed,
+    /// It is forgotten.
+    Discarded,
 }
 
 impl Header {
@@ -77,7 +102,12 @@ impl Header {
         let mut bytes = Vec::with_capacity(HEADER as usize);
         bytes.extend(MAGIC);
         bytes.extend(VERSION.to_le_bytes());
-        bytes.extend(u32::from(modified.is_some()).to_le_bytes());
+        let fate = match self.fate {
+            Fate::Kept => 0,
+            Fate::Committed => COMMITTED,
+            Fate::Discarded => DISCARDED,
+        };
+        bytes.extend((u32::from(modified.is_some()) | fate).to_le_bytes());
         for number in [self.capacity, capacity, fingerprint, seconds.cast_unsigned(), nanoseconds.cast_unsigned()] {
             bytes.extend(number.to_le_bytes());
         }
@@ -102,9 +132,16 @@ impl Header {
             return Err(OverlayFailure::Damaged);
         }
         let modified = (number(40)?.cast_signed(), number(48)?.cast_signed());
-        let modified = (number(8)? >> 32 != 0).then_some(modified);
+        let flags = (number(8)? >> 32) as u32;
+        let modified = (flags & MODIFIED != 0).then_some(modified);
         let base = BaseIdentity { capacity: number(24)?, fingerprint: number(32)?, modified };
-        Ok(Self { capacity: number(16)?, base })
+        let fate = match flags & !MODIFIED {
+            0 => Fate::Kept,
+            COMMITTED => Fate::Committed,
+            DISCARDED => Fate::Discarded,
+            _ => return Err(OverlayFailure::Damaged),
+        };
+        Ok(Self { capacity: number(16)?, base, fate })
     }
 
     /// Makes a file, which is there whole or not at all.
@@ -132,17 +169,45 @@ impl Header {
         File::open(folder).and_then(|folder| folder.sync_all()).map_err(at(folder, "cannot sync it"))
     }
 
+    /// Writes it anew, onto stable storage: a sector, which is there whole or as it was.
+    pub(super) fn rewrite(&self, file: &File) -> io::Result<()> {
+        let bytes = self.encode();
+        file.write_all_at(bytes.get(..SECTOR as usize).unwrap_or_default(), 0)?;
+        file.sync_data()
+    }
+
     /// Reads a file's header and checks that it lies over this base, and that the file is as long as it must be.
     pub(super) fn read(file: &File, len: u64, base: &BaseIdentity) -> Result<Self, OverlayFailure> {
         let mut bytes = [0; 64];
         file.read_exact_at(&mut bytes, 0).map_err(|_| OverlayFailure::NotAnOverlay)?;
         let header = Self::decode(&bytes)?;
-        header.base.check(base)?;
+        if header.fate == Fate::Committed {
+            // Nobody knows what the base has by now, but its size stays.
+            BaseIdentity { capacity: header.base.capacity, ..*base }.check(base)?;
+        } else {
+            header.base.check(base)?;
+        }
         if header.file_len() != Some(len) || header.capacity < base.capacity {
             return Err(OverlayFailure::Damaged);
         }
         Ok(header)
     }
+}
+
+/// Forgets the map, for good when this returns, and frees the sectors.
+pub(super) fn forget(file: &File, header: &Header) -> io::Result<()> {
+    let end = header.file_len().unwrap_or(u64::MAX);
+    if !free(file, Header::MAP, end - Header::MAP) {
+        // Where holes cannot be made, the map is what counts.
+        let zeroes = vec![0; READ];
+        let mut at = Header::MAP;
+        while at < header.sectors() {
+            let piece = zeroes.get(..READ.min((header.sectors() - at) as usize)).unwrap_or_default();
+            file.write_all_at(piece, at)?;
+            at += piece.len() as u64;
+        }
+    }
+    file.sync_data()
 }
 
 /// Reads a map.
@@ -173,10 +238,13 @@ mod tests {
     fn headers_are_understood_and_others_refused() {
         for modified in [None, Some((1_700_000_000, 999_999_999)), Some((-1, 0))] {
             let base = BaseIdentity { capacity: 4096, fingerprint: 7, modified };
-            let header = Header { capacity: 8192, base };
+            for fate in [Fate::Kept, Fate::Committed, Fate::Discarded] {
+                let header = Header { capacity: 8192, base, fate };
+                assert_eq!(Header::decode(&header.encode()).unwrap(), header);
+            }
+            let header = Header { capacity: 8192, base, fate: Fate::Kept };
             let bytes = header.encode();
             assert_eq!(bytes.len() as u64, HEADER);
-            assert_eq!(Header::decode(&bytes).unwrap(), header);
             for at in 0..64 {
                 let mut damaged = bytes.clone();
                 damaged[at] ^= 1;

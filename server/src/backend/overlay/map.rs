@@ -151,6 +151,15 @@ impl Map {
         capacity.div_ceil(PAGE_SECTORS * SECTOR) as usize
     }
 
+    /// Forgets everything: all is the base's. Nobody uses the map meanwhile. What is stored of it is the caller's to forget.
+    pub(super) fn clear(&self) {
+        drop(self.take_changed());
+        for page in self.pages.iter().filter_map(OnceLock::get) {
+            page.words.iter().for_each(|word| word.store(0, Ordering::Release));
+        }
+        self.blocks.store(0, Ordering::Relaxed);
+    }
+
     /// Bytes of blocks that are its own, or are about to be.
     pub(super) fn own_bytes(&self) -> u64 {
         self.blocks.load(Ordering::Relaxed) * BLOCK

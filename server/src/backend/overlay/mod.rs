@@ -19,6 +19,7 @@
 
 mod base;
 mod commit;
+mod emptying;
 mod error;
 mod format;
 mod map;
@@ -30,13 +31,16 @@ pub(super) mod tests;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Mutex};
 
 pub use base::Base;
 use commit::StoredMap;
+pub(crate) use emptying::Emptying;
+pub use emptying::{Emptied, EmptyError};
+use emptying::{Own, Whole};
 pub use error::{OverlayError, OverlayFailure};
-use format::Header;
+use format::{Fate, Header};
 use map::{BLOCK, Map};
 use queue::OverlayBackend;
 
@@ -82,7 +86,7 @@ pub struct OverlayOptions {
 pub struct OverlayStore(Arc<Overlay>);
 
 struct Overlay {
-    base: Arc<dyn Store>,
+    base: Base,
     own: Arc<dyn Store>,
     /// Where in its own storage the disk starts.
     own_offset: u64,
@@ -90,6 +94,8 @@ struct Overlay {
     /// If it is kept.
     stored: Option<Arc<StoredMap>>,
     info: StoreInfo,
+    /// What the operators' work on all of it at once needs.
+    whole: Whole,
 }
 
 impl OverlayStore {
@@ -110,22 +116,25 @@ impl OverlayStore {
         let limit = options.limit.unwrap_or(u64::MAX);
         let map = |capacity, stored| Arc::new(Map::new(capacity, of_base.capacity, limit, stored));
         let system = |action| move |source| options.error(OverlayFailure::System { action, source });
-        let (own, own_offset, map, stored): (Arc<dyn Store>, _, _, _) = match &options.place {
+        let (own, own_offset, map, stored) = match &options.place {
             Place::Memory => {
                 let memory = MemoryStore::new(size).and_then(MemoryStore::without_huge_pages);
-                (Arc::new(memory.map_err(system("cannot have memory for it"))?), 0, map(size, false), None)
+                let memory = memory.map_err(system("cannot have memory for it"))?;
+                (Own::Memory(Arc::new(memory)), 0, map(size, false), None)
             }
             Place::Temporary { folder, cache } => {
-                (Arc::new(temporary(folder, *cache, size)?), 0, map(size, false), None)
+                let file = temporary(folder, *cache, size)?;
+                (Own::Temporary(Arc::new(file)), 0, map(size, false), None)
             }
             Place::Kept { path, cache } => {
                 let (store, header) = open_kept(path, *cache, base, options.size)?;
                 let map = map(header.capacity, true);
                 format::load(store.buffered(), &map, header.capacity).map_err(|reason| options.error(reason))?;
                 let stored = StoredMap::new(Arc::clone(&map), Arc::clone(&store), Header::MAP);
-                (store, header.sectors(), map, Some(stored))
+                (Own::Kept(store, Mutex::new(header)), header.sectors(), map, Some(stored))
             }
         };
+        let (own, whole) = (own.store(), Whole::new(own));
         let info = StoreInfo {
             capacity: own.info().capacity - own_offset,
             physical_block_size: of_base.physical_block_size.max(BLOCK as u32),
@@ -134,8 +143,7 @@ impl OverlayStore {
             write_zeroes_unmap: true,
             ..of_base
         };
-        let base = Arc::clone(&base.store);
-        Ok(Self(Arc::new(Overlay { base, own, own_offset, map, stored, info })))
+        Ok(Self(Arc::new(Overlay { base: base.clone(), own, own_offset, map, stored, info, whole })))
     }
 
     /// Bytes of its own storage that are in use.
@@ -160,19 +168,25 @@ impl Store for OverlayStore {
     }
 
     fn attach(&self, ring: &Rc<Uring>) -> io::Result<Box<dyn Backend>> {
+        if self.is_being_emptied() {
+            return Err(io::Error::new(io::ErrorKind::ResourceBusy, "the overlay is being emptied"));
+        }
         Ok(Box::new(OverlayBackend::new(&self.0, ring)?))
     }
 
     fn flush(&self) -> io::Result<()> {
+        // Not while the map goes: what was flushed is what is there after that.
+        let _alone = self.0.whole.alone();
         self.0.stored.as_ref().map_or(Ok(()), |stored| stored.store())
     }
 
     fn max_queues(&self) -> u16 {
-        u16::MAX
+        self.0.base.store.max_queues()
     }
 
+    /// Its base's, which the first of those that lie over it starts.
     fn service(&self) -> Option<Service> {
-        None
+        self.0.base.store.service()
     }
 
     fn resize(&self, _: Option<u64>) -> io::Result<u64> {
@@ -209,10 +223,24 @@ fn open_kept(
     let failed = |reason| OverlayError { path: path.to_owned(), reason };
     if !path.exists() {
         let capacity = size.unwrap_or(base.identity.capacity);
-        Header { capacity, base: base.identity }.create(path)?;
+        Header { capacity, base: base.identity, fate: Fate::Kept }.create(path)?;
     }
     let store = FileStore::open(&file_options(path, cache, None)).map_err(|error| failed(error.reason.into()))?;
-    let header = Header::read(store.buffered(), store.info().capacity, &base.identity).map_err(failed)?;
+    let mut header = Header::read(store.buffered(), store.info().capacity, &base.identity).map_err(failed)?;
+    match header.fate {
+        Fate::Kept => {}
+        Fate::Committed => log::warn!(
+            "{}: it was being written into its base, which has a part of it; the disk is whole, but the base is no disk by \
+             itself before vfio-user-blk ctl commit has done the rest",
+            path.display()
+        ),
+        Fate::Discarded => {
+            let end = |source| failed(OverlayFailure::System { action: "cannot end that it is discarded", source });
+            format::forget(store.buffered(), &header).map_err(end)?;
+            header.fate = Fate::Kept;
+            header.rewrite(store.buffered()).map_err(end)?;
+        }
+    }
     if let Some(size) = size.filter(|size| *size != header.capacity) {
         return Err(failed(OverlayFailure::SizeDiffers { found: header.capacity, wanted: size }));
     }

@@ -101,7 +101,7 @@ impl OverlayBackend {
             None => None,
         };
         Ok(Self {
-            base: overlay.base.attach(ring)?,
+            base: overlay.base.store.attach(ring)?,
             own: overlay.own.attach(ring)?,
             overlay: Arc::clone(overlay),
             ring: Rc::clone(ring),
@@ -433,5 +433,10 @@ impl Backend for OverlayBackend {
 
     fn in_flight(&self) -> usize {
         self.requests.len() + self.done.len()
+    }
+
+    fn stop(&mut self) {
+        self.base.stop();
+        self.own.stop();
     }
 }

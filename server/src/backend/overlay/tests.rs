@@ -24,7 +24,7 @@ const MIB: u64 = 1 << 20;
 /// A file as a base.
 pub(in crate::backend) fn base(path: &Path) -> Base {
     let options = FileOptions { read_only: true, ..file_options(path, Cache::Writeback, None) };
-    Base::of_file(FileStore::open(&options).unwrap()).unwrap()
+    Base::of_file(FileStore::open(&options).unwrap(), path).unwrap()
 }
 
 /// The disk that a kept overlay's file holds, by its documented format and nothing else.
@@ -537,16 +537,22 @@ fn looking_is_enough_for_all_that_follows() {
 fn what_fails_leaves_what_was_there() {
     let golden = Golden::new(MIB);
     let with = |kinds, base_fails: bool| {
-        let fault = |inner, fails: bool| -> Arc<dyn Store> {
+        let fault = |inner| -> Arc<dyn Store> {
             let rule = Rule { kinds, sectors: None, when: When::Always, fault: Fault::Error(libc::EIO) };
-            if fails { Arc::new(FaultyStore::new(inner, vec![rule], 0)) } else { inner }
+            Arc::new(FaultyStore::new(inner, vec![rule], 0))
         };
         let store = golden.open(Place::Memory);
         let Overlay { base, own, own_offset, map, info, .. } = &*store.0;
-        let (base, own) = (Arc::clone(base), Arc::clone(own));
+        let (mut base, own) = (base.clone(), Arc::clone(own));
         let (own_offset, map, info) = (*own_offset, Arc::clone(map), info.clone());
-        let (base, own) = if base_fails { (fault(base, true), own) } else { (base, fault(own, true)) };
-        OverlayStore(Arc::new(Overlay { base, own, own_offset, map, stored: None, info }))
+        let own = if base_fails {
+            base.store = fault(base.store);
+            own
+        } else {
+            fault(own)
+        };
+        let whole = Whole::new(Own::Memory(Arc::new(MemoryStore::new(MIB).unwrap())));
+        OverlayStore(Arc::new(Overlay { base, own, own_offset, map, stored: None, info, whole }))
     };
     let failed = |rig: &mut Rig, op, len| {
         let buffers = rig.guest.buffers(&[(0, len)]);
