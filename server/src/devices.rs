@@ -175,10 +175,9 @@ impl Handle {
             (emptying, paused)
         };
         // What a cache before it still has would come into it afterwards.
-        if self.built_in.power.is_some() {
-            self.flush().map_err(OrderError::Storage)?;
-        }
-        let result = may_begin(&self.status()).and_then(|()| Ok(work(&emptying)?));
+        let written = if self.built_in.power.is_some() { self.flush().map_err(OrderError::Storage) } else { Ok(()) };
+        let result =
+            written.map_err(E::from).and_then(|()| may_begin(&self.status())).and_then(|()| Ok(work(&emptying)?));
         // Before queues are attached again.
         drop(emptying);
         if !paused {
