@@ -86,12 +86,13 @@ fn one_mask_of_several_is_enough() {
 fn lines_alone_put_msix_in_use() {
     let interrupts = Interrupts::new(4);
     let lines = [Counter::new(), Counter::new()];
-    assert!(!interrupts.msix_in_use());
+    assert!(!interrupts.msix_in_use() && !interrupts.has_line(0));
     interrupts.set_line(Irq::Msix, 0, Some(lines[0].clone())).unwrap();
     assert!(interrupts.msix_in_use());
+    assert!(interrupts.has_line(0) && !interrupts.has_line(1) && !interrupts.has_line(4));
     interrupts.signal(0);
     interrupts.set_line(Irq::Msix, 0, None).unwrap();
-    assert!(interrupts.msix_in_use());
+    assert!(interrupts.msix_in_use() && !interrupts.has_line(0));
     interrupts.signal(0);
     interrupts.set_line(Irq::Msix, 0, Some(lines[1].clone())).unwrap();
     assert_eq!((lines[0].count(), lines[1].count()), (1, 1));
