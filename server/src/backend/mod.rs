@@ -33,7 +33,9 @@ pub mod memory;
 pub mod nbd;
 pub mod null;
 pub mod overlay;
+mod random;
 mod threads;
+mod timer;
 pub mod uring;
 
 use std::io;

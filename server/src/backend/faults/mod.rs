@@ -7,7 +7,6 @@
 //! Rules are asked in their order. Latencies add up; the first other fault that strikes is the last.
 
 mod queue;
-mod random;
 #[cfg(test)]
 mod tests;
 
@@ -19,8 +18,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use queue::FaultyBackend;
-use random::Random;
 
+use super::random::Random;
 use super::uring::Uring;
 use super::{Backend, Io, Op, SECTOR, Service, Store, StoreInfo};
 

@@ -6,12 +6,11 @@ use std::sync::Arc;
 use std::time::Duration;
 use std::{io, mem};
 
-use io_uring::types::Timespec;
-use io_uring::{opcode, squeue};
 use virtio::memory::PinnedBuffers;
 
 use super::{Fate, Rules};
-use crate::backend::uring::{Client, FixedBuffers, Lane, Operation, Step, Uring};
+use crate::backend::timer::Asleep;
+use crate::backend::uring::{Client, Uring};
 use crate::backend::{Backend, Completion, Full, Io, Op};
 
 /// An operation that was judged.
@@ -21,36 +20,12 @@ struct Judged {
     fate: Fate,
 }
 
-/// An operation that waits, in the kernel, which wakes the worker for it as for any other.
-struct Asleep {
-    judged: Judged,
-    until: Box<Timespec>,
-}
-
-// SAFETY: the entry leads to `until`, which lies on the heap and is changed by nobody.
-unsafe impl Operation for Asleep {
-    type Context = ();
-
-    fn lane(&self, (): &()) -> Lane {
-        Lane::Interrupt
-    }
-
-    fn entry(&mut self, (): &(), _: &mut FixedBuffers<'_>) -> squeue::Entry {
-        opcode::Timeout::new(&raw const *self.until).build()
-    }
-
-    /// Whatever the kernel says: if it has no timers, what waits is early.
-    fn landed(&mut self, (): &(), _: i32) -> Step {
-        Step::Over
-    }
-}
-
 pub(super) struct FaultyBackend {
     inner: Box<dyn Backend>,
     rules: Arc<Rules>,
     ring: Rc<Uring>,
     /// Operations that wait, if any ever do.
-    asleep: Option<Client<Asleep>>,
+    asleep: Option<Client<Asleep<Judged>>>,
     /// Operations that were judged and for which there was no room.
     held: VecDeque<Judged>,
     /// What torn operations were: token, operation, buffers.
@@ -82,9 +57,9 @@ impl FaultyBackend {
         if judged.latency > Duration::ZERO
             && let Some(asleep) = &mut self.asleep
         {
-            let until = Timespec::new().sec(judged.latency.as_secs()).nsec(judged.latency.subsec_nanos());
-            let started = asleep.start(Asleep { judged, until: Box::new(until) });
-            return started.map(|()| self.queued = true).map_err(|asleep| asleep.judged);
+            let latency = judged.latency;
+            let started = asleep.start(Asleep::new(judged, latency));
+            return started.map(|()| self.queued = true).map_err(Asleep::wake);
         }
         let Judged { mut io, fate, .. } = judged;
         match fate {
@@ -157,7 +132,7 @@ impl Backend for FaultyBackend {
             self.queued = false;
             let mut woken = Vec::new();
             if let Some(asleep) = &mut self.asleep {
-                asleep.reap(|asleep| woken.push(asleep.judged));
+                asleep.reap(|asleep| woken.push(asleep.wake()));
             }
             self.held.extend(woken.into_iter().map(|judged| Judged { latency: Duration::ZERO, ..judged }));
             self.go_on_with_held();
