@@ -1,5 +1,7 @@
 //! `vfio-user-blk ctl`: an operator's words to a running server, and its answers as people read them.
 
+mod faults;
+
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
@@ -37,6 +39,7 @@ fn call(command: &CtlCommand) -> Result<(&'static str, Value)> {
         CtlCommand::Drain(device) => ("device.drain", of(device)),
         CtlCommand::Statistics(device) => ("device.statistics", of(device)),
         CtlCommand::ResetStatistics(device) => ("device.reset_statistics", of(device)),
+        CtlCommand::Fault(fault) => faults::call(&fault.command),
         CtlCommand::Stop => ("server.stop", json!({})),
         CtlCommand::Version => ("version", json!({})),
     })
@@ -76,6 +79,7 @@ fn tell(command: &CtlCommand, result: &Value) -> String {
         }
         CtlCommand::Statistics(_) => statistics(&result["queues"]),
         CtlCommand::ResetStatistics(_) => format!("{name}: counts anew\n"),
+        CtlCommand::Fault(fault) => faults::tell(&fault.command, result),
         CtlCommand::Stop => "the server stops\n".to_owned(),
         CtlCommand::Version => {
             format!("vfio-user-blk {}, control socket {}\n", text(&result["server"]), result["control"])

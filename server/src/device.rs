@@ -10,6 +10,7 @@ use virtio::transport::VirtioPci;
 
 use crate::config::{ClientLimits, NumberList, PollPolicy};
 use crate::doorbell_page::DoorbellPage;
+use crate::faults::DeviceFaults;
 use crate::session::Events;
 use crate::status::SharedStatus;
 use crate::worker::TaskBuilder;
@@ -32,6 +33,8 @@ pub(crate) struct Device {
     pub(crate) paused: bool,
     /// What others see of it.
     pub(crate) status: Arc<SharedStatus>,
+    /// What goes wrong with it on purpose.
+    pub(crate) faults: Arc<DeviceFaults>,
 }
 
 /// What a kind of device adds to the data path.

@@ -9,7 +9,8 @@ use std::{io, iter};
 use crossbeam::channel::{Receiver, RecvTimeoutError, bounded};
 
 use crate::backend::Store;
-use crate::config::{DeviceConfig, InvalidServer, ServerConfig};
+use crate::config::{DeviceConfig, FaultConfig, InvalidServer, ServerConfig};
+use crate::faults::{DeviceFaults, Told};
 use crate::listener::Listener;
 use crate::metrics::{DeviceMetrics, Statistics};
 use crate::sandbox::{Entrance, Sandbox, ThreadKind};
@@ -78,6 +79,7 @@ pub(crate) struct Handle {
     baseline: Arc<Mutex<Vec<Statistics>>>,
     operator: Operator,
     status: Arc<SharedStatus>,
+    faults: Arc<DeviceFaults>,
     /// Its session's, on whose thread it is closed.
     store: Weak<dyn Store>,
 }
@@ -103,6 +105,39 @@ impl Handle {
     /// Has its session do something; says how many bytes it has then.
     pub(crate) fn order(&self, order: Order) -> Result<u64, OrderError> {
         self.operator.order(order)
+    }
+
+    /// Where the sequence of its faults starts, and what they are.
+    pub(crate) fn faults(&self) -> (u64, Vec<Told>) {
+        (self.faults.rules().seed(), self.faults.change().tell())
+    }
+
+    /// Has one thing more go wrong; says its number, if there is room for it.
+    ///
+    /// # Errors
+    /// If its queues do not come to rest, which they have to for the first: nothing more goes wrong then.
+    pub(crate) fn add_fault(&self, fault: &FaultConfig) -> Result<Option<u32>, OrderError> {
+        let mut change = self.faults.change();
+        let first = change.is_none();
+        let number = change.add(fault);
+        // Without faults there is nothing in the requests' way that could ask for them.
+        if first && let Err(error) = self.order(Order::Reattach) {
+            change.remove(number);
+            return Err(error);
+        }
+        Ok(number)
+    }
+
+    /// Has one thing go wrong no more, or all; says which. What they held goes on.
+    pub(crate) fn remove_faults(&self, which: Option<u32>) -> Result<Vec<u32>, OrderError> {
+        let removed = self.faults.change().remove(which);
+        self.order(Order::Look).map(|_| removed)
+    }
+
+    /// Has what one fault holds go on, or all; says which.
+    pub(crate) fn release_faults(&self, which: Option<u32>) -> Result<Vec<u32>, OrderError> {
+        let released = self.faults.change().release(which);
+        self.order(Order::Look).map(|_| released)
     }
 
     /// Puts what it has completed on stable storage, and waits for that.
@@ -159,6 +194,7 @@ impl Devices {
             read_only,
             operator,
             status: Arc::clone(&device.status),
+            faults: Arc::clone(&device.faults),
             store,
             metrics,
             baseline: Arc::default(),

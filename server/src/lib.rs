@@ -11,6 +11,7 @@ pub mod control;
 mod device;
 mod devices;
 mod doorbell_page;
+mod faults;
 mod listener;
 mod metrics;
 mod sandbox;

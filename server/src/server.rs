@@ -20,6 +20,7 @@ use crate::control::{self, Control};
 use crate::device::Device;
 use crate::devices::Devices;
 use crate::doorbell_page::DoorbellPage;
+use crate::faults::DeviceFaults;
 use crate::listener::{ListenError, Listener};
 use crate::metrics::{self, DeviceMetrics, Responder};
 use crate::sandbox::{Entrance, Sandbox, SandboxError, ThreadKind};
@@ -257,7 +258,8 @@ pub(crate) fn open_device(config: &DeviceConfig, entrance: &Entrance, bases: &mu
     let invalid = |source| OpenError::Invalid { socket_path: socket_path(), source };
     config.check().map_err(invalid)?;
     let limits = config.limits().map_err(invalid)?;
-    let store = store::open(config, entrance, bases)?;
+    let faults = Arc::new(DeviceFaults::new(config));
+    let store = store::open(config, entrance, bases, faults.rules())?;
     let info = store.info();
     let store_service = store.service();
     let queues = config.num_queues().min(store.max_queues());
@@ -293,7 +295,8 @@ pub(crate) fn open_device(config: &DeviceConfig, entrance: &Entrance, bases: &mu
     let (poll, queue_workers) = (config.poll(), config.queue_workers.clone());
     let status = Arc::new(SharedStatus::default());
     status.update(|status| *status = Status { size: info.capacity, ..Status::default() });
-    let device = Device { function, service, poll, queue_workers, doorbell_page, limits, paused: false, status };
+    let device =
+        Device { function, service, poll, queue_workers, doorbell_page, limits, paused: false, status, faults };
     let read_only = config.read_only || info.read_only;
     Ok(Opened { device, description, read_only, store: weak, store_service, metrics })
 }

@@ -1,7 +1,6 @@
 //! Where a device's blocks live, as its description says.
 
 mod bases;
-mod faults;
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -9,6 +8,7 @@ use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use crate::backend::Store;
+use crate::backend::faults::{Faults, FaultyStore};
 use crate::backend::file::{self, FileOptions, FileStore};
 use crate::backend::image::{Format, ImageError, ImageOptions, ImageStore};
 use crate::backend::memory::MemoryStore;
@@ -79,8 +79,8 @@ pub enum StoreError {
     },
 }
 
-/// Opens it; what overlays lie over is among `bases`, or joins them. Threads that it starts do nothing before `entrance` is
-/// open.
+/// Opens it, with `faults` before it; what overlays lie over is among `bases`, or joins them. Threads that it starts do nothing
+/// before `entrance` is open.
 ///
 /// # Errors
 /// What cannot be had, and how to have it.
@@ -88,8 +88,9 @@ pub(crate) fn open(
     config: &DeviceConfig,
     entrance: &Entrance,
     bases: &mut Bases,
+    faults: &Arc<Faults>,
 ) -> Result<Arc<dyn Store>, StoreError> {
-    Ok(faults::with_faults(open_overlay(config, entrance, bases)?, config))
+    Ok(Arc::new(FaultyStore::new(open_overlay(config, entrance, bases)?, Arc::clone(faults))))
 }
 
 /// A store with nothing in front of it, which may be an overlay.

@@ -17,7 +17,7 @@ use nix::sys::memfd::{MFdFlags, memfd_create};
 use proptest::prelude::*;
 use virtio::memory::{Access, GuestMemory, Mapping, MemoryFile, PinnedBuffers, Release, SharedTable};
 
-use super::faults::{Fault, FaultyStore, Latency, Rule, When};
+use super::faults::{Fault, Faults, FaultyStore, Latency, Rule, When};
 use super::file::{Cache, FileOptions, FileStore};
 use super::image::{self, ImageOptions, ImageStore};
 use super::memory::MemoryStore;
@@ -146,7 +146,7 @@ impl Rig {
     pub(super) fn on(store: &dyn Store, ring: impl Fn(&Waker) -> Uring) -> Self {
         let waker = Waker::new().unwrap();
         let ring = Rc::new(ring(&waker));
-        let backend = store.attach(&ring).unwrap();
+        let backend = store.attach(&ring, 0).unwrap();
         Self { ring, backend, guest: Guest::new(), limit: Limit::new(&waker), next: 0, in_flight: Vec::new() }
     }
 
@@ -281,7 +281,7 @@ mod operations {
     pub(super) fn tokens_belong_to_their_backend<F: Fixture>() {
         let fixture = F::new(MIB);
         let mut first = Rig::of(&fixture);
-        let backend = fixture.store().attach(&first.ring).unwrap();
+        let backend = fixture.store().attach(&first.ring, 0).unwrap();
         let mut second = Rig { backend, ring: Rc::clone(&first.ring), ..Rig::of(&fixture) };
         for round in 0..20 {
             for n in 0..16 {
@@ -880,9 +880,9 @@ struct Late(FaultyStore);
 impl Fixture for Late {
     fn new(capacity: u64) -> Self {
         let latency = Latency::Uniform(Duration::ZERO, Duration::from_micros(300));
-        let late = |when| Rule { kinds: Vec::new(), sectors: None, when, fault: Fault::Latency(latency) };
+        let late = |when| Rule { when, ..Rule::always(Fault::Latency(latency)) };
         let rules = vec![late(When::Probability(0.4)), late(When::Every(7))];
-        Self(FaultyStore::new(Arc::new(MemoryStore::new(capacity).unwrap()), rules, 1))
+        Self(FaultyStore::new(Arc::new(MemoryStore::new(capacity).unwrap()), Faults::new(1, rules)))
     }
 
     fn store(&self) -> &dyn Store {

@@ -161,7 +161,7 @@ pub struct DeviceConfig {
     #[arg(long, value_name = "SIZE")]
     pub overlay_limit: Option<Size>,
 
-    /// What goes wrong with the store, on purpose: `[[device.fault]]` tables of the configuration file
+    /// What goes wrong, on purpose: `[[device.fault]]` tables of the configuration file
     #[arg(skip)]
     #[serde(rename = "fault", default, skip_serializing)]
     pub faults: Vec<FaultConfig>,
@@ -317,9 +317,6 @@ pub enum InvalidDevice {
         /// What is wrong with it.
         source: InvalidFault,
     },
-    /// A seed of nothing.
-    #[error("fault_seed is for faults; add a [[device.fault]], or leave it out")]
-    FaultSeedUnused,
 }
 
 impl DeviceConfig {
@@ -407,10 +404,7 @@ impl DeviceConfig {
         self.limits()?;
         self.check_overlay()?;
         for (number, fault) in (1..).zip(&self.faults) {
-            fault.check().map_err(|source| InvalidDevice::Fault { number, source })?;
-        }
-        if self.fault_seed.is_some() && self.faults.is_empty() {
-            return Err(InvalidDevice::FaultSeedUnused);
+            fault.check(self.num_queues()).map_err(|source| InvalidDevice::Fault { number, source })?;
         }
         if let Some(name) = self.name.as_ref().filter(|name| !is_name(name)) {
             return Err(InvalidDevice::Name(name.clone()));

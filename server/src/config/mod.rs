@@ -17,7 +17,10 @@ mod socket;
 
 pub use bench::{BenchArgs, CompletionMode, Kick, Switch, Workload};
 pub use cli::{CheckArgs, Cli, Command, CompletionsArgs, ManArgs, ServeArgs};
-pub use ctl::{CtlArgs, CtlCommand, DEFAULT_CONTROL_SOCKET, DeviceArgs, RemoveArgs, ResizeArgs};
+pub use ctl::{
+    AddFaultArgs, CtlArgs, CtlCommand, DEFAULT_CONTROL_SOCKET, DeviceArgs, FaultArgs, FaultCommand, ReleaseFaultArgs,
+    RemoveArgs, RemoveFaultArgs, ResizeArgs,
+};
 pub use device::{Cache, DeviceConfig, Doorbell, InvalidDevice, PollPolicy, StoreKind};
 pub use fault::{Decimal, FaultConfig, FaultKind, FaultOn, InvalidFault, Sectors, Wait};
 pub use file::ConfigFileError;

@@ -4,6 +4,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
+use super::faults;
 use super::rpc::Failure;
 use crate::config::{DeviceConfig, Size};
 use crate::devices::{AddError, Devices, Handle};
@@ -28,6 +29,10 @@ const METHODS: &[(&str, Method)] = &[
     ("device.statistics", statistics),
     ("device.reset_statistics", reset_statistics),
     ("server.stop", stop),
+    ("device.fault.add", faults::add),
+    ("device.fault.list", faults::list),
+    ("device.fault.remove", faults::remove),
+    ("device.fault.release", faults::release),
 ];
 
 /// Does what a method does.
@@ -118,7 +123,7 @@ impl From<AddError> for Failure {
     }
 }
 
-fn params<T: DeserializeOwned>(params: Value) -> Result<T, Failure> {
+pub(super) fn params<T: DeserializeOwned>(params: Value) -> Result<T, Failure> {
     // Those that may all be left out may be left out together.
     let params = if params.is_null() { json!({}) } else { params };
     if !params.is_object() {
@@ -127,7 +132,7 @@ fn params<T: DeserializeOwned>(params: Value) -> Result<T, Failure> {
     serde_json::from_value(params).map_err(Failure::invalid_params)
 }
 
-fn find(devices: &Devices, name: &str) -> Result<Handle, Failure> {
+pub(super) fn find(devices: &Devices, name: &str) -> Result<Handle, Failure> {
     devices.find(name).ok_or_else(|| {
         let names = devices.list().into_iter().map(|device| device.name).collect::<Vec<_>>().join(", ");
         let names = if names.is_empty() { "none".to_owned() } else { names };

@@ -387,6 +387,11 @@ impl<'a> Attendance<'a> {
         }
     }
 
+    /// Has the queues that run look for what they may go on with.
+    pub(super) fn look(&mut self) {
+        self.data_path.refresh();
+    }
+
     /// The driver broke the rules, or we cannot serve it.
     pub(super) fn needs_reset(&mut self) {
         self.device.function.set_needs_reset();

@@ -46,7 +46,8 @@ impl Obey for Device {
                 self.set_paused(order == Order::Pause);
             }
             Order::Resize { capacity, shrink } => return self.resize(capacity, shrink),
-            Order::Remove { .. } => {}
+            // They do when they are started.
+            Order::Reattach | Order::Look | Order::Remove { .. } => {}
         }
         Ok(self.service.capacity())
     }
@@ -70,6 +71,14 @@ impl Obey for Attendance<'_> {
                 }
                 return resized;
             }
+            Order::Reattach => {
+                let paused = self.device().set_paused(true);
+                self.rest(Instant::now() + REST_LIMIT)?;
+                if !paused {
+                    self.resume()?;
+                }
+            }
+            Order::Look => self.look(),
             Order::Remove { force: false } => return Err(OrderError::InUse),
             Order::Remove { force: true } => {}
         }

@@ -159,8 +159,8 @@ impl Store for OverlayStore {
         self.0.info.clone()
     }
 
-    fn attach(&self, ring: &Rc<Uring>) -> io::Result<Box<dyn Backend>> {
-        Ok(Box::new(OverlayBackend::new(&self.0, ring)?))
+    fn attach(&self, ring: &Rc<Uring>, queue: u16) -> io::Result<Box<dyn Backend>> {
+        Ok(Box::new(OverlayBackend::new(&self.0, ring, queue)?))
     }
 
     fn flush(&self) -> io::Result<()> {
