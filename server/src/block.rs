@@ -81,7 +81,7 @@ impl BlockService {
         let (store, config) = (Arc::clone(self.store.outermost()), Arc::clone(&self.config));
         let metrics = self.metrics.queue(index);
         Ok(Box::new(move |ring| {
-            let backend = store.attach(ring)?;
+            let backend = store.attach(ring, index)?;
             Ok(Box::new(BlockQueue {
                 index,
                 place,

@@ -1,5 +1,7 @@
 //! `vfio-user-blk ctl`: an operator's words to a running server, and its answers as people read them.
 
+mod faults;
+
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
@@ -58,6 +60,7 @@ fn call(command: &CtlCommand) -> Result<(&'static str, Value)> {
         CtlCommand::PowerCut(PowerCutArgs { device, mode, seed }) => {
             ("device.power_cut", json!({ "device": device, "mode": mode, "seed": seed }))
         }
+        CtlCommand::Fault(fault) => faults::call(&fault.command),
         CtlCommand::Stop => ("server.stop", json!({})),
         CtlCommand::Version => ("version", json!({})),
     })
@@ -116,6 +119,7 @@ fn tell(command: &CtlCommand, result: &Value) -> String {
         CtlCommand::Statistics(_) => statistics(&result["queues"]),
         CtlCommand::ResetStatistics(_) => format!("{name}: counts anew\n"),
         CtlCommand::SetLimits(_) | CtlCommand::SetFabric(_) => format!("{name}: {}\n", layers(result)),
+        CtlCommand::Fault(fault) => faults::tell(&fault.command, result),
         CtlCommand::Stop => "the server stops\n".to_owned(),
         CtlCommand::Version => {
             format!("vfio-user-blk {}, control socket {}\n", text(&result["server"]), result["control"])

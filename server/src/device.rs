@@ -12,6 +12,7 @@ use crate::backend::fabric::Fabric;
 use crate::backend::limits::Limits;
 use crate::config::{ClientLimits, NumberList, PollPolicy};
 use crate::doorbell_page::DoorbellPage;
+use crate::faults::DeviceFaults;
 use crate::session::Events;
 use crate::status::SharedStatus;
 use crate::worker::TaskBuilder;
@@ -34,6 +35,8 @@ pub(crate) struct Device {
     pub(crate) paused: bool,
     /// What others see of it.
     pub(crate) status: Arc<SharedStatus>,
+    /// What goes wrong with it on purpose.
+    pub(crate) faults: Arc<DeviceFaults>,
 }
 
 /// What a kind of device adds to the data path.

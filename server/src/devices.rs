@@ -12,7 +12,8 @@ use crate::backend::Store;
 use crate::backend::hold::HeldRequests;
 use crate::backend::overlay::{Emptied, EmptyError, Emptying, OverlayStore};
 use crate::backend::power_cut::{PowerCut, Survivors};
-use crate::config::{DeviceConfig, FabricConfig, InvalidServer, ServerConfig};
+use crate::config::{DeviceConfig, FabricConfig, FaultConfig, InvalidServer, ServerConfig};
+use crate::faults::{DeviceFaults, Told};
 use crate::listener::Listener;
 use crate::metrics::{DeviceMetrics, Statistics};
 use crate::sandbox::{Entrance, Sandbox, ThreadKind};
@@ -84,6 +85,7 @@ pub(crate) struct Handle {
     baseline: Arc<Mutex<Vec<Statistics>>>,
     operator: Operator,
     status: Arc<SharedStatus>,
+    faults: Arc<DeviceFaults>,
     /// Its session's, on whose thread it is closed.
     store: Weak<dyn Store>,
     /// As it was described.
@@ -186,6 +188,39 @@ impl Handle {
         result
     }
 
+    /// Where the sequence of its faults starts, and what they are.
+    pub(crate) fn faults(&self) -> (u64, Vec<Told>) {
+        (self.faults.rules().seed(), self.faults.change().tell())
+    }
+
+    /// Has one thing more go wrong; says its number, if there is room for it.
+    ///
+    /// # Errors
+    /// If its queues do not come to rest, which they have to for the first: nothing more goes wrong then.
+    pub(crate) fn add_fault(&self, fault: &FaultConfig) -> Result<Option<u32>, OrderError> {
+        let mut change = self.faults.change();
+        let first = change.is_none();
+        let number = change.add(fault);
+        // Without faults there is nothing in the requests' way that could ask for them.
+        if first && let Err(error) = self.order(Order::Reattach) {
+            change.remove(number);
+            return Err(error);
+        }
+        Ok(number)
+    }
+
+    /// Has one thing go wrong no more, or all; says which. What they held goes on.
+    pub(crate) fn remove_faults(&self, which: Option<u32>) -> Result<Vec<u32>, OrderError> {
+        let removed = self.faults.change().remove(which);
+        self.order(Order::Look).map(|_| removed)
+    }
+
+    /// Has what one fault holds go on, or all; says which.
+    pub(crate) fn release_faults(&self, which: Option<u32>) -> Result<Vec<u32>, OrderError> {
+        let released = self.faults.change().release(which);
+        self.order(Order::Look).map(|_| released)
+    }
+
     /// Puts what it has completed on stable storage, and waits for that.
     pub(crate) fn flush(&self) -> io::Result<()> {
         self.store.upgrade().map_or(Ok(()), |store| store.flush())
@@ -247,6 +282,7 @@ impl Devices {
             read_only,
             operator,
             status: Arc::clone(&device.status),
+            faults: Arc::clone(&device.faults),
             store,
             alone: Arc::default(),
             metrics,

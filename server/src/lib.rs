@@ -12,6 +12,7 @@ mod device;
 mod devices;
 mod diagnosis;
 mod doorbell_page;
+mod faults;
 mod inherited;
 mod listener;
 mod metrics;

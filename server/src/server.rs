@@ -22,6 +22,7 @@ use crate::control::{self, Control};
 use crate::device::Device;
 use crate::devices::Devices;
 use crate::doorbell_page::DoorbellPage;
+use crate::faults::DeviceFaults;
 use crate::inherited::{InheritedError, InheritedSockets};
 use crate::listener::{ListenError, Listener};
 use crate::metrics::{self, DeviceMetrics, Responder};
@@ -309,7 +310,8 @@ pub(crate) fn open_device(
     if rates.is_some() || fabric.is_some() {
         store::try_layers(config)?;
     }
-    let (store, built_in) = store::open(config, entrance, bases)?;
+    let faults = Arc::new(DeviceFaults::new(config));
+    let (store, built_in) = store::open(config, entrance, bases, faults.rules())?;
     let info = store.info();
     let store_service = store.service();
     let queues = config.num_queues().min(store.max_queues());
@@ -346,7 +348,8 @@ pub(crate) fn open_device(
     let status = Arc::new(SharedStatus::default());
     let (limits_said, fabric) = (config.rates.filter(|_| rates.is_some()), config.fabric.clone());
     status.update(|status| *status = Status { size: info.capacity, limits: limits_said, fabric, ..Status::default() });
-    let device = Device { function, service, poll, queue_workers, doorbell_page, limits, paused: false, status };
+    let device =
+        Device { function, service, poll, queue_workers, doorbell_page, limits, paused: false, status, faults };
     let read_only = config.read_only || info.read_only;
     Ok(Opened { device, description, read_only, store: weak, store_service, metrics, built_in })
 }

@@ -5,7 +5,6 @@
 
 mod bases;
 mod built_in;
-mod faults;
 mod layers;
 
 use std::io;
@@ -14,6 +13,7 @@ use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use crate::backend::Store;
+use crate::backend::faults::Faults;
 use crate::backend::file::{self, FileOptions, FileStore};
 use crate::backend::image::{Format, ImageError, ImageOptions, ImageStore};
 use crate::backend::memory::MemoryStore;
@@ -103,8 +103,7 @@ pub enum StoreError {
 }
 
 /// Opens it, with what stands before it; what overlays lie over is among `bases`, or joins them. Threads that it starts do nothing
-/// before `entrance` is
-/// open.
+/// before `entrance` is open.
 ///
 /// # Errors
 /// What cannot be had, and how to have it.
@@ -112,13 +111,14 @@ pub(crate) fn open(
     config: &DeviceConfig,
     entrance: &Entrance,
     bases: &mut Bases,
+    faults: &Arc<Faults>,
 ) -> Result<(Arc<dyn Store>, BuiltIn), StoreError> {
     let Some(kind) = config.overlay() else {
-        return built_in::with_layers(open_plain(config, entrance)?, None, config, entrance);
+        return built_in::with_layers(open_plain(config, entrance)?, None, config, faults, entrance);
     };
     let overlay = Arc::new(open_overlay(kind, config, entrance, bases)?);
     let weak = Arc::downgrade(&overlay);
-    built_in::with_layers(overlay, Some(weak), config, entrance)
+    built_in::with_layers(overlay, Some(weak), config, faults, entrance)
 }
 
 fn open_overlay(

@@ -8,7 +8,7 @@ use vfio_user_blk::config::{FaultConfig, FaultKind, FaultOn, Sectors, Wait};
 use crate::rig::{IOERR, OK, Rig, execute, exercise};
 
 fn fault(fault: FaultKind) -> FaultConfig {
-    FaultConfig { fault, on: vec![], sectors: None, probability: None, every: None, latency: None, sigma: None }
+    FaultConfig::always(fault)
 }
 
 #[test]

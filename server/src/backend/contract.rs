@@ -19,7 +19,7 @@ use proptest::prelude::*;
 use virtio::memory::{Access, GuestMemory, Mapping, MemoryFile, PinnedBuffers, Release, SharedTable};
 
 use super::fabric::{DistantStore, Fabric};
-use super::faults::{Fault, FaultyStore, Latency, Rule, When};
+use super::faults::{Fault, Faults, FaultyStore, Latency, Rule, When};
 use super::file::{Cache, FileOptions, FileStore};
 use super::hold::{HoldStore, OnError};
 use super::image::{self, ImageOptions, ImageStore};
@@ -151,7 +151,7 @@ impl Rig {
     pub(super) fn on(store: &dyn Store, ring: impl Fn(&Waker) -> Uring) -> Self {
         let waker = Waker::new().unwrap();
         let ring = Rc::new(ring(&waker));
-        let backend = store.attach(&ring).unwrap();
+        let backend = store.attach(&ring, 0).unwrap();
         Self { ring, backend, guest: Guest::new(), limit: Limit::new(&waker), next: 0, in_flight: Vec::new() }
     }
 
@@ -286,7 +286,7 @@ mod operations {
     pub(super) fn tokens_belong_to_their_backend<F: Fixture>() {
         let fixture = F::new(MIB);
         let mut first = Rig::of(&fixture);
-        let backend = fixture.store().attach(&first.ring).unwrap();
+        let backend = fixture.store().attach(&first.ring, 0).unwrap();
         let mut second = Rig { backend, ring: Rc::clone(&first.ring), ..Rig::of(&fixture) };
         for round in 0..20 {
             for n in 0..16 {
@@ -953,9 +953,9 @@ struct Late(FaultyStore);
 impl Fixture for Late {
     fn new(capacity: u64) -> Self {
         let latency = Latency::Uniform(Duration::ZERO, Duration::from_micros(300));
-        let late = |when| Rule { kinds: Vec::new(), sectors: None, when, fault: Fault::Latency(latency) };
+        let late = |when| Rule { when, ..Rule::always(Fault::Latency(latency)) };
         let rules = vec![late(When::Probability(0.4)), late(When::Every(7))];
-        Self(FaultyStore::new(Arc::new(MemoryStore::new(capacity).unwrap()), rules, 1))
+        Self(FaultyStore::new(Arc::new(MemoryStore::new(capacity).unwrap()), Faults::new(1, rules)))
     }
 
     fn store(&self) -> &dyn Store {
@@ -1022,9 +1022,9 @@ struct Retried(HoldStore);
 
 impl Fixture for Retried {
     fn new(capacity: u64) -> Self {
-        let fails = |when| Rule { kinds: Vec::new(), sectors: None, when, fault: Fault::Error(libc::EIO) };
+        let fails = |when| Rule { when, ..Rule::always(Fault::Error(libc::EIO)) };
         let rules = vec![fails(When::Every(50)), fails(When::Probability(0.01))];
-        let faulty = FaultyStore::new(Arc::new(MemoryStore::new(capacity).unwrap()), rules, 1);
+        let faulty = FaultyStore::new(Arc::new(MemoryStore::new(capacity).unwrap()), Faults::new(1, rules));
         Self(HoldStore::new(Arc::new(faulty), OnError::Retry(Duration::from_secs(60)), "retried"))
     }
 

@@ -135,7 +135,7 @@ impl Store for MemoryStore {
     }
 
     /// Needs no ring of the kernel's.
-    fn attach(&self, _: &Rc<Uring>) -> io::Result<Box<dyn Backend>> {
+    fn attach(&self, _: &Rc<Uring>, _: u16) -> io::Result<Box<dyn Backend>> {
         Ok(Box::new(Immediate::new(&self.blocks())))
     }
 

@@ -142,11 +142,11 @@ pub trait Store: Send + Sync {
     /// What it is.
     fn info(&self) -> StoreInfo;
 
-    /// One queue's access, on the thread that calls; `ring` is that thread's.
+    /// The access of the device's request queue with this number, on the thread that calls; `ring` is that thread's.
     ///
     /// # Errors
     /// If the system refuses.
-    fn attach(&self, ring: &Rc<Uring>) -> io::Result<Box<dyn Backend>>;
+    fn attach(&self, ring: &Rc<Uring>, queue: u16) -> io::Result<Box<dyn Backend>>;
 
     /// Puts every completed write on stable storage, and waits for that: for the end of a device's service.
     ///

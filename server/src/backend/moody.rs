@@ -63,8 +63,8 @@ impl Store for Moody {
         self.memory.info()
     }
 
-    fn attach(&self, ring: &Rc<Uring>) -> io::Result<Box<dyn Backend>> {
-        let (inner, mood) = (self.memory.attach(ring)?, Arc::clone(&self.mood));
+    fn attach(&self, ring: &Rc<Uring>, queue: u16) -> io::Result<Box<dyn Backend>> {
+        let (inner, mood) = (self.memory.attach(ring, queue)?, Arc::clone(&self.mood));
         Ok(Box::new(MoodyBackend { inner, mood, failed: Vec::new() }))
     }
 

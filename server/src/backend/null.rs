@@ -51,7 +51,7 @@ impl Store for NullStore {
     }
 
     /// Needs no ring of the kernel's.
-    fn attach(&self, _: &Rc<Uring>) -> io::Result<Box<dyn Backend>> {
+    fn attach(&self, _: &Rc<Uring>, _: u16) -> io::Result<Box<dyn Backend>> {
         Ok(Box::new(Immediate::new(&Arc::new(Nothing))))
     }
 

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::{Args, Subcommand};
 
-use super::{DeviceConfig, FabricChoice, RateLimits, Size};
+use super::{DeviceConfig, FabricChoice, FaultConfig, RateLimits, Size};
 use crate::backend::power_cut::PowerCut;
 
 /// Where a server's control socket is expected, for those who do not say.
@@ -59,6 +59,8 @@ pub enum CtlCommand {
     /// Cut a device's power, which it was given power_cut for: its client is disconnected, and the next one finds what was
     /// flushed, and of the rest what survives
     PowerCut(PowerCutArgs),
+    /// Have things go wrong with a device, on purpose
+    Fault(FaultArgs),
     /// Stop the server, after what is in flight
     Stop,
     /// Show the versions of the server and of its control socket
@@ -143,4 +145,62 @@ pub struct PowerCutArgs {
     /// Where the choice of what survives starts: the same writes and the same seed leave the same
     #[arg(long, value_name = "N", default_value_t)]
     pub seed: u64,
+}
+
+/// What is to go wrong, or no more
+#[derive(Clone, Debug, Args)]
+pub struct FaultArgs {
+    /// What to do
+    #[command(subcommand)]
+    pub command: FaultCommand,
+}
+
+/// What is to go wrong, or no more
+#[allow(clippy::large_enum_variant, reason = "there is only one of it")]
+#[derive(Clone, Debug, Subcommand)]
+pub enum FaultCommand {
+    /// Have one thing more go wrong
+    Add(AddFaultArgs),
+    /// Show what goes wrong, and how often it has
+    List(DeviceArgs),
+    /// Have one thing go wrong no more, or all; what it held goes on
+    Remove(RemoveFaultArgs),
+    /// Have what is stuck go on; what comes after may get stuck again
+    Release(ReleaseFaultArgs),
+}
+
+/// What is to go wrong
+#[derive(Clone, Debug, Args)]
+pub struct AddFaultArgs {
+    /// The device: its name, its socket, or the file name of that, with or without extension
+    pub device: String,
+
+    /// What is to go wrong with it
+    #[command(flatten)]
+    pub rule: FaultConfig,
+}
+
+/// What is to go wrong no more
+#[derive(Clone, Debug, Args)]
+#[group(id = "which", required = true, multiple = false, args = ["id", "all"])]
+pub struct RemoveFaultArgs {
+    /// The device: its name, its socket, or the file name of that, with or without extension
+    pub device: String,
+
+    /// The fault's number, as fault list shows it
+    pub id: Option<u32>,
+
+    /// All of them
+    #[arg(long)]
+    pub all: bool,
+}
+
+/// What is to go on
+#[derive(Clone, Debug, Args)]
+pub struct ReleaseFaultArgs {
+    /// The device: its name, its socket, or the file name of that, with or without extension
+    pub device: String,
+
+    /// The number of the fault that holds it, as fault list shows it [default: all]
+    pub id: Option<u32>,
 }

@@ -165,7 +165,7 @@ pub struct DeviceConfig {
     #[arg(long, value_name = "SIZE")]
     pub overlay_limit: Option<Size>,
 
-    /// What goes wrong with the store, on purpose: `[[device.fault]]` tables of the configuration file
+    /// What goes wrong, on purpose: `[[device.fault]]` tables of the configuration file
     #[arg(skip)]
     #[serde(rename = "fault", default, skip_serializing)]
     pub faults: Vec<FaultConfig>,
@@ -349,9 +349,6 @@ pub enum InvalidDevice {
         /// What is wrong with it.
         source: InvalidFault,
     },
-    /// A seed of nothing.
-    #[error("fault_seed is for faults; add a [[device.fault]], or leave it out")]
-    FaultSeedUnused,
     /// How fast it may be used.
     #[error(transparent)]
     Rates(#[from] InvalidRates),
@@ -457,10 +454,7 @@ impl DeviceConfig {
         self.check_overlay()?;
         self.check_on_error()?;
         for (number, fault) in (1..).zip(&self.faults) {
-            fault.check().map_err(|source| InvalidDevice::Fault { number, source })?;
-        }
-        if self.fault_seed.is_some() && self.faults.is_empty() {
-            return Err(InvalidDevice::FaultSeedUnused);
+            fault.check(self.num_queues()).map_err(|source| InvalidDevice::Fault { number, source })?;
         }
         self.rates.map_or(Ok(None), |rates| rates.limits())?;
         // Who else is called by name is known to the server.

@@ -1,65 +1,96 @@
-//! What is to go wrong with a device's store, on purpose.
+//! What is to go wrong with a device, on purpose.
 
 use std::fmt;
 use std::ops::RangeInclusive;
 use std::str::FromStr;
 use std::time::Duration;
 
-use serde::{Deserialize, Deserializer, de};
+use clap::ValueEnum;
+use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 
 /// The longest latency.
 const MAX_LATENCY: Duration = crate::backend::faults::MAX_LATENCY;
 
-/// One `[[device.fault]]`.
-#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+/// One `[[device.fault]]`; on the command line, what comes after `ctl fault add DEVICE`.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize, clap::Args)]
 #[serde(deny_unknown_fields)]
 pub struct FaultConfig {
-    /// What goes wrong.
+    /// What goes wrong
+    #[arg(value_enum)]
     pub fault: FaultKind,
-    /// Which operations it may strike; all that it can if there is none.
-    #[serde(default)]
+
+    /// Operations that it may strike, separated by commas [default: all that it can]
+    #[arg(long, value_enum, value_delimiter = ',')]
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub on: Vec<FaultOn>,
-    /// Sectors of 512 bytes, one of which the operation has to touch.
+
+    /// Sectors of 512 bytes, one of which the operation has to touch, from the first to the last: 2048-4095
+    #[arg(long, value_name = "FIRST-LAST")]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub sectors: Option<Sectors>,
-    /// How probable it is for each of these operations, from 0 to 1.
+
+    /// How probable it is each time, from 0 to 1
+    #[arg(long)]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub probability: Option<Decimal>,
-    /// It strikes the first of each so many of these operations.
+
+    /// It strikes the first of each so many
+    #[arg(long, value_name = "N")]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub every: Option<u64>,
-    /// How long operations wait.
+
+    /// How long what it strikes waits: 5ms, or from how long to how long: 100us-2ms
+    #[arg(long, value_name = "TIME")]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub latency: Option<Wait>,
-    /// The deviation of the logarithm of a latency that is distributed log-normally, with `latency` for its median.
+
+    /// Have the latency distributed log-normally, with this deviation of its logarithm, and --latency for its median
+    #[arg(long)]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub sigma: Option<Decimal>,
+
+    /// Request queue, from 0 [default: all]
+    #[arg(long, value_name = "N")]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub queue: Option<u16>,
+
+    /// How many it strikes in a row, with --every or --probability [default: 1]
+    #[arg(long, value_name = "N")]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub burst: Option<u64>,
 }
 
 /// What goes wrong.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
-#[serde(rename_all = "lowercase")]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize, ValueEnum)]
+#[serde(rename_all = "kebab-case")]
 pub enum FaultKind {
-    /// The operation waits first.
+    /// The operation waits first
     Latency,
-    /// It fails with EIO.
+    /// It fails with EIO
     Eio,
-    /// It fails with ENOSPC.
+    /// It fails with ENOSPC
     Enospc,
-    /// A part of it is done, and it is answered as if all were.
+    /// A part of it is done, and it is answered as if all were
     Torn,
-    /// It is answered and not done.
+    /// It is answered and not done
     Lost,
+    /// It is not answered until the fault is removed or released
+    Stuck,
 }
 
 /// An operation.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize, ValueEnum)]
 #[serde(rename_all = "kebab-case")]
 pub enum FaultOn {
-    /// Reads.
+    /// Reads
     Read,
-    /// Writes.
+    /// Writes
     Write,
-    /// Flushes.
+    /// Flushes
     Flush,
-    /// Discards.
+    /// Discards
     Discard,
-    /// Writes of zeroes.
+    /// Writes of zeroes
     WriteZeroes,
 }
 
@@ -88,13 +119,34 @@ impl Decimal {
     }
 }
 
-impl<'de> Deserialize<'de> for Decimal {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        let number = f64::deserialize(deserializer)?;
+impl TryFrom<f64> for Decimal {
+    type Error = String;
+
+    fn try_from(number: f64) -> Result<Self, String> {
         if !(0.0..=1000.0).contains(&number) {
-            return Err(de::Error::custom(format_args!("{number} must be from 0 to 1000")));
+            return Err(format!("{number} must be from 0 to 1000"));
         }
         Ok(Self((number * Self::ONE.0 as f64).round() as u64))
+    }
+}
+
+impl FromStr for Decimal {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        text.parse::<f64>().map_err(|_| format!("{text:?} is no number"))?.try_into()
+    }
+}
+
+impl<'de> Deserialize<'de> for Decimal {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        f64::deserialize(deserializer)?.try_into().map_err(de::Error::custom)
+    }
+}
+
+impl Serialize for Decimal {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_f64(self.get())
     }
 }
 
@@ -165,6 +217,34 @@ impl<'de> Deserialize<'de> for Sectors {
     }
 }
 
+/// In microseconds, than which nothing is finer.
+impl fmt::Display for Wait {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Fixed(wait) => write!(f, "{}us", wait.as_micros()),
+            Self::Between(least, most) => write!(f, "{}us-{}us", least.as_micros(), most.as_micros()),
+        }
+    }
+}
+
+impl fmt::Display for Sectors {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}-{}", self.0.start(), self.0.end())
+    }
+}
+
+impl Serialize for Wait {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(self)
+    }
+}
+
+impl Serialize for Sectors {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(self)
+    }
+}
+
 /// Why a fault cannot be as it is described. The names are those of the configuration file.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
@@ -187,6 +267,17 @@ pub enum InvalidFault {
     /// Less than never.
     #[error("every is 0; it must be 1 or more")]
     Every,
+    /// A burst of nothing, or longer than what it is a part of.
+    #[error("burst must be 1 or more, not more than every, and go with every or probability")]
+    Burst,
+    /// There is no such queue.
+    #[error("queue is {queue}; the device has {num_queues}, counted from 0")]
+    Queue {
+        /// The queue.
+        queue: u16,
+        /// Queues that there are.
+        num_queues: u16,
+    },
     /// It can't go wrong like that.
     #[error("fault = \"{fault}\" is not for on = \"{on}\"")]
     Impossible {
@@ -212,14 +303,30 @@ impl FaultConfig {
             FaultKind::Enospc => ("enospc", &[Write, Flush, Discard, WriteZeroes]),
             FaultKind::Torn => ("torn", &[Write, Discard, WriteZeroes]),
             FaultKind::Lost => ("lost", &[Write, Flush, Discard, WriteZeroes]),
+            FaultKind::Stuck => ("stuck", &[Read, Write, Flush, Discard, WriteZeroes]),
         }
     }
 
-    /// Checks that the words make sense together.
+    /// A fault that strikes each time.
+    pub fn always(fault: FaultKind) -> Self {
+        Self {
+            fault,
+            on: Vec::new(),
+            sectors: None,
+            probability: None,
+            every: None,
+            latency: None,
+            sigma: None,
+            queue: None,
+            burst: None,
+        }
+    }
+
+    /// Checks that the words make sense together, for a device with so many queues.
     ///
     /// # Errors
     /// The first thing that is wrong.
-    pub fn check(&self) -> Result<(), InvalidFault> {
+    pub fn check(&self, num_queues: u16) -> Result<(), InvalidFault> {
         let (fault, possible) = self.possible();
         let late = self.fault == FaultKind::Latency;
         if late && self.latency.is_none() {
@@ -240,6 +347,13 @@ impl FaultConfig {
         if self.every == Some(0) {
             return Err(InvalidFault::Every);
         }
+        let longest = self.every.or(self.probability.map(|_| u64::MAX)).unwrap_or(0);
+        if self.burst.is_some_and(|burst| !(1..=longest).contains(&burst)) {
+            return Err(InvalidFault::Burst);
+        }
+        if let Some(queue) = self.queue.filter(|queue| *queue >= num_queues) {
+            return Err(InvalidFault::Queue { queue, num_queues });
+        }
         match self.on.iter().find(|on| !possible.contains(on)) {
             Some(on) => Err(InvalidFault::Impossible { fault, on: *on }),
             None => Ok(()),
@@ -253,7 +367,7 @@ mod tests {
 
     fn parse(toml: &str) -> Result<FaultConfig, String> {
         let fault: FaultConfig = toml::from_str(toml).map_err(|error| error.to_string())?;
-        fault.check().map(|()| fault).map_err(|error| error.to_string())
+        fault.check(4).map(|()| fault).map_err(|error| error.to_string())
     }
 
     #[test]
@@ -266,6 +380,22 @@ mod tests {
         assert!(parse("fault = 'latency'\nlatency = '60s'\nsigma = 0.5").is_ok());
         let all = parse("fault = 'torn'\nsectors = '0-18446744073709551615'").unwrap().on();
         assert_eq!(all, [FaultOn::Write, FaultOn::Discard, FaultOn::WriteZeroes]);
+        let fault = parse("fault = 'stuck'\nevery = 10000\nburst = 100\nqueue = 3").unwrap();
+        assert_eq!((fault.queue, fault.burst), (Some(3), Some(100)));
+    }
+
+    #[test]
+    fn a_fault_is_told_as_it_was_given() {
+        for toml in [
+            "fault = 'latency'\nlatency = '100us-2s'\non = ['read', 'write-zeroes']\nevery = 3\nburst = 2",
+            "fault = 'eio'\nsectors = '7'\nprobability = 0.25\nqueue = 1",
+            "fault = 'latency'\nlatency = '60s'\nsigma = 0.5",
+        ] {
+            let fault = parse(toml).unwrap();
+            let told = serde_json::to_value(&fault).unwrap();
+            assert!(!told.to_string().contains("null"), "{told}");
+            assert_eq!(serde_json::from_value::<FaultConfig>(told).unwrap(), fault);
+        }
     }
 
     #[test]
@@ -284,6 +414,10 @@ mod tests {
             ("fault = 'eio'\nprobability = nan", "from 0 to 1000"),
             ("fault = 'eio'\nprobability = 0.5\nevery = 2", "do not go together"),
             ("fault = 'eio'\nevery = 0", "1 or more"),
+            ("fault = 'eio'\nburst = 2", "with every or probability"),
+            ("fault = 'eio'\nevery = 2\nburst = 3", "not more than every"),
+            ("fault = 'eio'\nprobability = 0.1\nburst = 0", "1 or more"),
+            ("fault = 'eio'\nqueue = 4", "has 4, counted from 0"),
             ("fault = 'torn'\non = ['read']", "\"torn\" is not for on = \"read\""),
             ("fault = 'lost'\non = ['write', 'read']", "\"lost\" is not for on = \"read\""),
             ("fault = 'eio'\nhow = 1", "unknown field"),

@@ -23,8 +23,8 @@ mod top;
 pub use bench::{BenchArgs, CompletionMode, Kick, Switch, Workload};
 pub use cli::{CheckArgs, Cli, Command, CompletionsArgs, ManArgs, ServeArgs};
 pub use ctl::{
-    CtlArgs, CtlCommand, DEFAULT_CONTROL_SOCKET, DeviceArgs, DiscardArgs, PowerCutArgs, RemoveArgs, ResizeArgs,
-    SetFabricArgs, SetLimitsArgs,
+    AddFaultArgs, CtlArgs, CtlCommand, DEFAULT_CONTROL_SOCKET, DeviceArgs, DiscardArgs, FaultArgs, FaultCommand,
+    PowerCutArgs, ReleaseFaultArgs, RemoveArgs, RemoveFaultArgs, ResizeArgs, SetFabricArgs, SetLimitsArgs,
 };
 pub use device::{Cache, DeviceConfig, Doorbell, InvalidDevice, PollPolicy, StoreKind};
 pub use doctor::DoctorArgs;

@@ -6,6 +6,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
+use super::faults;
 use super::rpc::Failure;
 use super::snapshot::Snapshot;
 use crate::backend::hold::HeldRequests;
@@ -43,6 +44,10 @@ const METHODS: &[(&str, Method)] = &[
     ("server.stop", stop),
     ("server.statistics", all_statistics),
     ("device.diagnose", diagnose),
+    ("device.fault.add", faults::add),
+    ("device.fault.list", faults::list),
+    ("device.fault.remove", faults::remove),
+    ("device.fault.release", faults::release),
 ];
 
 /// Does what a method does.
@@ -173,7 +178,7 @@ impl From<AddError> for Failure {
     }
 }
 
-fn params<T: DeserializeOwned>(params: Value) -> Result<T, Failure> {
+pub(super) fn params<T: DeserializeOwned>(params: Value) -> Result<T, Failure> {
     // Those that may all be left out may be left out together.
     let params = if params.is_null() { json!({}) } else { params };
     if !params.is_object() {
@@ -182,7 +187,7 @@ fn params<T: DeserializeOwned>(params: Value) -> Result<T, Failure> {
     serde_json::from_value(params).map_err(Failure::invalid_params)
 }
 
-fn find(devices: &Devices, name: &str) -> Result<Handle, Failure> {
+pub(super) fn find(devices: &Devices, name: &str) -> Result<Handle, Failure> {
     devices.find(name).ok_or_else(|| {
         let names = devices.list().into_iter().map(|device| device.name).collect::<Vec<_>>().join(", ");
         let names = if names.is_empty() { "none".to_owned() } else { names };

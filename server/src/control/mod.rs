@@ -6,6 +6,7 @@
 
 mod client;
 mod connection;
+mod faults;
 mod methods;
 mod rpc;
 mod snapshot;

@@ -399,6 +399,11 @@ impl<'a> Attendance<'a> {
         }
     }
 
+    /// Has the queues that run look for what they may go on with.
+    pub(super) fn look(&mut self) {
+        self.data_path.refresh();
+    }
+
     /// The driver broke the rules, or we cannot serve it.
     pub(super) fn needs_reset(&mut self, queue: u16, why: &dyn Display) {
         self.notes.fault = Some(format!("queue {queue}: {why}"));

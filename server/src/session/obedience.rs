@@ -58,7 +58,8 @@ impl Obey for Device {
             }
             Order::Resize { capacity, shrink } => return self.resize(capacity, shrink),
             Order::Observe => self.status.observe(None),
-            Order::Disconnect | Order::Remove { .. } => {}
+            // Queues are attached anew, and look, when they are started.
+            Order::Disconnect | Order::Reattach | Order::Look | Order::Remove { .. } => {}
             Order::Limit(limits) => self.set_limits(limits),
             Order::Fabric(fabric) => self.set_fabric(fabric),
         }
@@ -83,6 +84,8 @@ impl Obey for Attendance<'_> {
             // Queues are attached to what lies before the store when they are started.
             Order::Limit(limits) => self.at_rest(|device| device.set_limits(limits))?,
             Order::Fabric(fabric) => self.at_rest(|device| device.set_fabric(fabric))?,
+            Order::Reattach => self.at_rest(|_| ())?,
+            Order::Look => self.look(),
             Order::Remove { force: false } => return Err(OrderError::InUse),
             Order::Observe => {
                 let seen = self.observe();

@@ -31,6 +31,10 @@ pub(crate) enum Order {
     },
     /// Part with the client; the next one may come.
     Disconnect,
+    /// Stop the queues and start them again, with all that is to be in the requests' way now.
+    Reattach,
+    /// Have the queues look for what they may go on with.
+    Look,
     /// End the service.
     Remove {
         /// Even if a client is connected.

@@ -3,8 +3,9 @@
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
-use super::{StoreError, faults};
+use super::StoreError;
 use crate::backend::Store;
+use crate::backend::faults::{Faults, FaultyStore};
 use crate::backend::hold::{Held, HoldStore, OnError};
 use crate::backend::overlay::OverlayStore;
 use crate::backend::power_cut::PowerCutStore;
@@ -28,6 +29,7 @@ pub(super) fn with_layers(
     store: Arc<dyn Store>,
     overlay: Option<Weak<OverlayStore>>,
     config: &DeviceConfig,
+    faults: &Arc<Faults>,
     entrance: &Entrance,
 ) -> Result<(Arc<dyn Store>, BuiltIn), StoreError> {
     let mut built_in = BuiltIn { overlay, ..BuiltIn::default() };
@@ -40,7 +42,7 @@ pub(super) fn with_layers(
         built_in.power = Some(Arc::downgrade(&cache));
         store = cache;
     }
-    store = faults::with_faults(store, config);
+    store = Arc::new(FaultyStore::new(store, Arc::clone(faults)));
     let on_error = match config.on_error() {
         config::OnError::Report => return Ok((store, built_in)),
         config::OnError::Hold => OnError::Hold,

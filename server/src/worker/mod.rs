@@ -409,7 +409,7 @@ mod tests {
         let build = {
             let (inbox, given_up) = (Arc::clone(&inbox), Arc::clone(&given_up));
             let task = move |ring: &Rc<Uring>| -> io::Result<Box<dyn QueueTask>> {
-                let backend = store.attach(ring)?;
+                let backend = store.attach(ring, 0)?;
                 Ok(Box::new(OneAtATime { backend, guest: Guest::new(), left: READS, inbox, given_up }))
             };
             Box::new(task)

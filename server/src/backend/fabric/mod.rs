@@ -66,8 +66,8 @@ impl Store for DistantStore {
         self.inner.info()
     }
 
-    fn attach(&self, ring: &Rc<Uring>) -> io::Result<Box<dyn Backend>> {
-        Ok(Box::new(DistantBackend::new(self.inner.attach(ring)?, &self.wire, ring)?))
+    fn attach(&self, ring: &Rc<Uring>, queue: u16) -> io::Result<Box<dyn Backend>> {
+        Ok(Box::new(DistantBackend::new(self.inner.attach(ring, queue)?, &self.wire, ring)?))
     }
 
     /// At once: it is no guest's.

@@ -1,110 +1,181 @@
 //! A store that fails on purpose.
 //!
-//! A [`FaultyStore`] stands before another and has some operations come late, fail, or get lost, as its [`Rule`]s say.
-//! What a rule does to the *n*th operation that it concerns follows from the seed, the rule and *n* alone: the same
-//! operations meet the same faults each time, whatever queues they come by.
+//! A [`FaultyStore`] stands before another and has some operations come late, fail, get stuck, or get lost, as the [`Rule`]s
+//! of its [`Faults`] say, which may change at any time. What a rule does to the *n*th operation that it concerns follows from
+//! the seed, the rule's number and *n* alone: the same operations meet the same faults each time, whatever queues they come by.
 //!
-//! Rules are asked in their order. Latencies add up; the first other fault that strikes is the last.
+//! Rules are asked in their order. Latencies add up; the first other fault that strikes is the last, and the rules behind it do
+//! not learn of the operation.
 
 mod queue;
+mod rule;
 #[cfg(test)]
 mod tests;
+mod timers;
 
 use std::io;
-use std::ops::RangeInclusive;
 use std::rc::Rc;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use arc_swap::ArcSwap;
 use queue::FaultyBackend;
+pub use rule::{Fault, Kind, Latency, Rule, When};
 
 use super::random::Random;
 use super::uring::Uring;
-use super::{Backend, Io, Op, SECTOR, Service, Store, StoreInfo};
+use super::{Backend, Io, SECTOR, Service, Store, StoreInfo};
 
 /// The longest that an operation is kept waiting.
 pub const MAX_LATENCY: Duration = Duration::from_secs(60);
+/// Rules that may be added to one device.
+pub const MAX_RULES: usize = 256;
 
-/// Which operations a rule concerns.
+/// What goes wrong with one device: rules that come and go while it is served.
+pub struct Faults {
+    seed: u64,
+    rules: ArcSwap<Vec<Arc<Active>>>,
+    /// The number of the last rule that was added. Held by whoever changes the rules.
+    last: Mutex<u32>,
+}
+
+/// A rule at work.
+pub struct Active {
+    /// Its number, from 1 on; never that of another.
+    pub number: u32,
+    /// What it is.
+    pub rule: Rule,
+    concerned: AtomicU64,
+    struck: AtomicU64,
+    /// How often it had to let go of what it holds.
+    released: AtomicU64,
+}
+
+impl Active {
+    fn new(number: u32, rule: Rule) -> Arc<Self> {
+        let [concerned, struck, released] = [0; 3].map(AtomicU64::new);
+        Arc::new(Self { number, rule, concerned, struck, released })
+    }
+
+    /// How many it has concerned, and how many of these it has struck.
+    pub fn counts(&self) -> (u64, u64) {
+        let struck = self.struck.load(Ordering::Relaxed);
+        (self.concerned.load(Ordering::Relaxed), struck)
+    }
+
+    /// It concerns one more: says whether that is struck, and if so, by which lot it decides how hard.
+    fn asked(&self, seed: u64) -> Option<Random> {
+        let nth = self.concerned.fetch_add(1, Ordering::Relaxed);
+        let random = self.rule.strikes(seed, self.number, nth)?;
+        self.struck.fetch_add(1, Ordering::Relaxed);
+        Some(random)
+    }
+}
+
+impl Faults {
+    /// Those of a device, with these rules to begin with.
+    pub fn new(seed: u64, rules: Vec<Rule>) -> Arc<Self> {
+        let rules: Vec<_> = (1..).zip(rules).map(|(number, rule)| Active::new(number, rule)).collect();
+        let last = rules.last().map_or(0, |rule| rule.number);
+        Arc::new(Self { seed, rules: ArcSwap::from_pointee(rules), last: Mutex::new(last) })
+    }
+
+    /// Where the sequence of faults starts.
+    pub fn seed(&self) -> u64 {
+        self.seed
+    }
+
+    /// The rules, in the order in which they are asked.
+    pub fn rules(&self) -> Arc<Vec<Arc<Active>>> {
+        self.rules.load_full()
+    }
+
+    /// Adds a rule behind the others; says its number, if there is room for one more.
+    pub fn add(&self, rule: Rule) -> Option<u32> {
+        let mut last = self.last.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut rules = self.rules.load().to_vec();
+        let number = last.checked_add(1).filter(|_| rules.len() < MAX_RULES)?;
+        *last = number;
+        rules.push(Active::new(number, rule));
+        self.rules.store(Arc::new(rules));
+        Some(number)
+    }
+
+    /// Removes the rules that `which` names by their numbers; says which these are. What they hold goes on when its queue is next
+    /// looked at.
+    pub fn remove(&self, which: impl Fn(u32) -> bool) -> Vec<u32> {
+        let _changing = self.last.lock().unwrap_or_else(PoisonError::into_inner);
+        let rules = self.rules.load();
+        let (gone, left): (Vec<_>, Vec<_>) = rules.iter().cloned().partition(|rule| which(rule.number));
+        self.rules.store(Arc::new(left));
+        gone.iter().map(|rule| rule.number).collect()
+    }
+
+    /// Has the rules that `which` names let go of what they hold now; says which these are. It goes on when its queue is next
+    /// looked at.
+    pub fn release(&self, which: impl Fn(u32) -> bool) -> Vec<u32> {
+        let rules = self.rules.load();
+        let released = rules.iter().filter(|rule| which(rule.number));
+        released.inspect(|rule| _ = rule.released.fetch_add(1, Ordering::Relaxed)).map(|rule| rule.number).collect()
+    }
+
+    /// Whether what a rule has held since it had let go of things `released` times may go on.
+    fn lets_go(&self, number: u32, released: u64) -> bool {
+        let rules = self.rules.load();
+        let rule = rules.iter().find(|rule| rule.number == number);
+        rule.is_none_or(|rule| rule.released.load(Ordering::Relaxed) != released)
+    }
+
+    /// What becomes of an operation of a queue, and after how long.
+    fn judge(&self, queue: u16, io: &Io) -> (Duration, Fate) {
+        let mut latency = Duration::ZERO;
+        for active in self.rules.load().iter().filter(|active| active.rule.concerns(queue, io)) {
+            let Some(mut random) = active.asked(self.seed) else { continue };
+            let fate = match active.rule.fault {
+                Fault::Latency(more) => {
+                    latency = latency.saturating_add(more.draw(&mut random)).min(MAX_LATENCY);
+                    continue;
+                }
+                Fault::Error(errno) => Fate::Failed(errno),
+                Fault::Torn => match rule::touched(io).1 / SECTOR {
+                    0 | 1 => Fate::Done,
+                    sectors => Fate::Torn((1 + random.below(sectors - 1)) * SECTOR),
+                },
+                Fault::Lost => Fate::Lost,
+                Fault::Stuck => Fate::Stuck { rule: active.number, released: active.released.load(Ordering::Relaxed) },
+            };
+            return (latency, fate);
+        }
+        (latency, Fate::Done)
+    }
+}
+
+/// What is to become of one operation, once it has waited.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Kind {
-    /// Reads.
-    Read,
-    /// Writes.
-    Write,
-    /// Flushes.
-    Flush,
-    /// Discards.
-    Discard,
-    /// Writes of zeroes.
-    WriteZeroes,
-}
-
-/// How often a rule strikes, of the operations that it concerns.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub enum When {
-    /// Each time.
-    Always,
-    /// Each time with this probability, from 0 to 1.
-    Probability(f64),
-    /// The first of each so many, from 1 on.
-    Every(u64),
-}
-
-/// How long an operation is kept waiting, in all cases up to [`MAX_LATENCY`].
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub enum Latency {
-    /// So long.
-    Fixed(Duration),
-    /// Anything from the first to the second.
-    Uniform(Duration, Duration),
-    /// Half of the times longer than the median; sigma, the deviation of the logarithm, says how long the tail is.
-    LogNormal {
-        /// Half are longer.
-        median: Duration,
-        /// 0 and more; 1 puts one in a hundred at more than ten times the median.
-        sigma: f64,
-    },
-}
-
-/// What becomes of an operation.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub enum Fault {
-    /// It waits before anything else happens to it.
-    Latency(Latency),
-    /// It fails with this error number, and nothing is done.
-    Error(i32),
-    /// The first of its sectors are changed and the rest are not, and it is said to have been done; those of one sector are done.
-    Torn,
-    /// It is said to have been done.
+enum Fate {
+    Done,
+    Failed(i32),
+    /// Only so many of its bytes.
+    Torn(u64),
     Lost,
-}
-
-/// One fault, and what it strikes.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Rule {
-    /// Which operations it concerns: all if there is none.
-    pub kinds: Vec<Kind>,
-    /// Sectors, one of which the operation has to touch; flushes touch all. `None` for any.
-    pub sectors: Option<RangeInclusive<u64>>,
-    /// How often it strikes.
-    pub when: When,
-    /// What it does.
-    pub fault: Fault,
+    /// Held by this rule, which had let go of things so many times by then.
+    Stuck {
+        rule: u32,
+        released: u64,
+    },
 }
 
 /// A store before which some things go wrong; see the [module](self).
 pub struct FaultyStore {
     inner: Arc<dyn Store>,
-    rules: Arc<Rules>,
+    faults: Arc<Faults>,
 }
 
 impl FaultyStore {
-    /// Puts `rules` before a store.
-    pub fn new(inner: Arc<dyn Store>, rules: Vec<Rule>, seed: u64) -> Self {
-        let rules = rules.into_iter().map(|rule| (rule, AtomicU64::new(0))).collect();
-        Self { inner, rules: Arc::new(Rules { rules, seed }) }
+    /// Puts `faults` before a store.
+    pub fn new(inner: Arc<dyn Store>, faults: Arc<Faults>) -> Self {
+        Self { inner, faults }
     }
 }
 
@@ -113,8 +184,13 @@ impl Store for FaultyStore {
         self.inner.info()
     }
 
-    fn attach(&self, ring: &Rc<Uring>) -> io::Result<Box<dyn Backend>> {
-        Ok(Box::new(FaultyBackend::new(self.inner.attach(ring)?, &self.rules, ring)?))
+    /// Without rules there is nothing before the store. What is attached then does not learn of rules that come later.
+    fn attach(&self, ring: &Rc<Uring>, queue: u16) -> io::Result<Box<dyn Backend>> {
+        let inner = self.inner.attach(ring, queue)?;
+        if self.faults.rules.load().is_empty() {
+            return Ok(inner);
+        }
+        Ok(Box::new(FaultyBackend::new(inner, &self.faults, queue, ring)))
     }
 
     /// Nothing goes wrong here: a flush is lost for guests only.
@@ -132,108 +208,5 @@ impl Store for FaultyStore {
 
     fn resize(&self, capacity: Option<u64>) -> io::Result<u64> {
         self.inner.resize(capacity)
-    }
-}
-
-/// What is to become of one operation, once it has waited.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Fate {
-    Done,
-    Failed(i32),
-    /// Only so many of its bytes.
-    Torn(u64),
-    Lost,
-}
-
-struct Rules {
-    /// With the number of operations that each has concerned.
-    rules: Vec<(Rule, AtomicU64)>,
-    seed: u64,
-}
-
-/// The bytes that an operation touches; all for a flush.
-fn touched(io: &Io) -> (u64, u64) {
-    match io.op {
-        Op::Read { offset } | Op::Write { offset, .. } => (offset, io.buffers.len()),
-        Op::Discard { offset, len } | Op::WriteZeroes { offset, len, .. } => (offset, len),
-        Op::Flush => (0, u64::MAX),
-    }
-}
-
-impl Rules {
-    /// Whether operations may have to wait.
-    fn have_latency(&self) -> bool {
-        self.rules.iter().any(|(rule, _)| matches!(rule.fault, Fault::Latency(_)))
-    }
-
-    /// What becomes of an operation, and after how long.
-    fn judge(&self, io: &Io) -> (Duration, Fate) {
-        let mut latency = Duration::ZERO;
-        for (number, (rule, concerned)) in (0..).zip(&self.rules) {
-            if !rule.concerns(io) {
-                continue;
-            }
-            let nth = concerned.fetch_add(1, Ordering::Relaxed);
-            let mut random = Random::new(self.seed, number, nth);
-            if !rule.when.strikes(nth, &mut random) {
-                continue;
-            }
-            let fate = match rule.fault {
-                Fault::Latency(more) => {
-                    latency = latency.saturating_add(more.draw(&mut random)).min(MAX_LATENCY);
-                    continue;
-                }
-                Fault::Error(errno) => Fate::Failed(errno),
-                Fault::Torn => match touched(io).1 / SECTOR {
-                    0 | 1 => Fate::Done,
-                    sectors => Fate::Torn((1 + random.below(sectors - 1)) * SECTOR),
-                },
-                Fault::Lost => Fate::Lost,
-            };
-            return (latency, fate);
-        }
-        (latency, Fate::Done)
-    }
-}
-
-impl Rule {
-    fn concerns(&self, io: &Io) -> bool {
-        let kind = match io.op {
-            Op::Read { .. } => Kind::Read,
-            Op::Write { .. } => Kind::Write,
-            Op::Flush => Kind::Flush,
-            Op::Discard { .. } => Kind::Discard,
-            Op::WriteZeroes { .. } => Kind::WriteZeroes,
-        };
-        let (offset, len) = touched(io);
-        let touches = |sectors: &RangeInclusive<u64>| {
-            offset / SECTOR <= *sectors.end() && sectors.start().saturating_mul(SECTOR) < offset.saturating_add(len)
-        };
-        (self.kinds.is_empty() || self.kinds.contains(&kind)) && self.sectors.as_ref().is_none_or(touches)
-    }
-}
-
-impl When {
-    fn strikes(self, nth: u64, random: &mut Random) -> bool {
-        match self {
-            Self::Always => true,
-            Self::Probability(probability) => random.unit() < probability,
-            Self::Every(count) => nth.is_multiple_of(count.max(1)),
-        }
-    }
-}
-
-impl Latency {
-    fn draw(self, random: &mut Random) -> Duration {
-        let drawn = match self {
-            Self::Fixed(latency) => latency,
-            Self::Uniform(least, most) => least.saturating_add(most.saturating_sub(least).mul_f64(random.unit())),
-            Self::LogNormal { median, sigma } => {
-                // Too many seconds for a duration are more than the longest.
-                let seconds = median.as_secs_f64() * (sigma * random.normal()).exp();
-                Duration::try_from_secs_f64(seconds).unwrap_or(MAX_LATENCY)
-            }
-        };
-        drawn.min(MAX_LATENCY)
     }
 }

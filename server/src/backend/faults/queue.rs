@@ -8,9 +8,9 @@ use std::{io, mem};
 
 use virtio::memory::PinnedBuffers;
 
-use super::{Fate, Rules};
-use crate::backend::timer::Asleep;
-use crate::backend::uring::{Client, Uring};
+use super::timers::Timers;
+use super::{Fate, Faults};
+use crate::backend::uring::Uring;
 use crate::backend::{Backend, Completion, Full, Io, Op};
 
 /// An operation that was judged.
@@ -22,49 +22,59 @@ struct Judged {
 
 pub(super) struct FaultyBackend {
     inner: Box<dyn Backend>,
-    rules: Arc<Rules>,
+    faults: Arc<Faults>,
+    queue: u16,
     ring: Rc<Uring>,
-    /// Operations that wait, if any ever do.
-    asleep: Option<Client<Asleep<Judged>>>,
+    /// Operations that wait; none does where the kernel has no ring.
+    asleep: Option<Timers<Judged>>,
     /// Operations that were judged and for which there was no room.
     held: VecDeque<Judged>,
+    /// Operations that a rule holds, its number, and how often it had let go of some before.
+    stuck: Vec<(Box<Io>, u32, u64)>,
     /// What torn operations were: token, operation, buffers.
     torn: Vec<(u16, Op, PinnedBuffers)>,
     done: Vec<Completion>,
     reaped: Vec<Completion>,
     /// Whether something was started that the ring has not been told of.
     queued: bool,
+    /// Whether nothing is to be held any more.
+    stopping: bool,
 }
 
 impl FaultyBackend {
-    pub(super) fn new(inner: Box<dyn Backend>, rules: &Arc<Rules>, ring: &Rc<Uring>) -> io::Result<Self> {
-        let asleep = if rules.have_latency() { Some(Client::new(ring, ())?) } else { None };
-        Ok(Self {
+    pub(super) fn new(inner: Box<dyn Backend>, faults: &Arc<Faults>, queue: u16, ring: &Rc<Uring>) -> Self {
+        let asleep = Timers::new(ring).inspect_err(|error| log::warn!("no operation will be late: {error}")).ok();
+        Self {
             inner,
-            rules: Arc::clone(rules),
+            faults: Arc::clone(faults),
+            queue,
             ring: Rc::clone(ring),
             asleep,
             held: VecDeque::new(),
+            stuck: Vec::new(),
             torn: Vec::new(),
             done: Vec::new(),
             reaped: Vec::new(),
             queued: false,
-        })
+            stopping: false,
+        }
     }
 
     /// Has an operation wait, or meet its fate; gives it back if there is no room for it.
     fn go_on(&mut self, judged: Judged) -> Result<(), Judged> {
         if judged.latency > Duration::ZERO
+            && !self.stopping
             && let Some(asleep) = &mut self.asleep
         {
             let latency = judged.latency;
-            let started = asleep.start(Asleep::new(judged, latency));
-            return started.map(|()| self.queued = true).map_err(Asleep::wake);
+            return asleep.start(judged, latency).map(|()| self.queued = true);
         }
         let Judged { mut io, fate, .. } = judged;
         match fate {
             Fate::Failed(errno) => self.end(io, Err(io::Error::from_raw_os_error(errno))),
             Fate::Lost => self.end(io, Ok(())),
+            Fate::Stuck { .. } if self.stopping => self.give_up(io),
+            Fate::Stuck { rule, released } => self.stuck.push((io, rule, released)),
             Fate::Done | Fate::Torn(_) => {
                 if let Fate::Torn(bytes) = fate {
                     self.tear(&mut io, bytes);
@@ -81,6 +91,18 @@ impl FaultyBackend {
 
     fn end(&mut self, io: Box<Io>, result: Result<(), io::Error>) {
         self.done.push(Completion { io, result });
+    }
+
+    /// Ends what was stuck, for somebody waits for that.
+    fn give_up(&mut self, io: Box<Io>) {
+        self.end(io, Err(io::Error::from_raw_os_error(libc::EIO)));
+    }
+
+    /// Goes on with what rules hold no more.
+    fn let_go(&mut self) {
+        let faults = &self.faults;
+        let free = self.stuck.extract_if(.., |(_, rule, released)| faults.lets_go(*rule, *released));
+        self.held.extend(free.map(|(io, ..)| Judged { io, latency: Duration::ZERO, fate: Fate::Done }));
     }
 
     /// Leaves the first bytes of an operation that changes something.
@@ -118,7 +140,7 @@ impl Backend for FaultyBackend {
         if !self.held.is_empty() {
             return Err(Full(io));
         }
-        let (latency, fate) = self.rules.judge(&io);
+        let (latency, fate) = self.faults.judge(self.queue, &io);
         if let Err(judged) = self.go_on(Judged { io, latency, fate }) {
             self.held.push_back(judged);
         }
@@ -132,9 +154,10 @@ impl Backend for FaultyBackend {
             self.queued = false;
             let mut woken = Vec::new();
             if let Some(asleep) = &mut self.asleep {
-                asleep.reap(|asleep| woken.push(asleep.wake()));
+                asleep.reap(|judged| woken.push(judged));
             }
             self.held.extend(woken.into_iter().map(|judged| Judged { latency: Duration::ZERO, ..judged }));
+            self.let_go();
             self.go_on_with_held();
             self.inner.reap(&mut reaped);
             for mut completion in reaped.drain(..) {
@@ -153,7 +176,17 @@ impl Backend for FaultyBackend {
     }
 
     fn in_flight(&self) -> usize {
-        let asleep = self.asleep.as_ref().map_or(0, Client::in_flight);
-        self.inner.in_flight() + asleep + self.held.len() + self.done.len()
+        let asleep = self.asleep.as_ref().map_or(0, Timers::in_flight);
+        self.inner.in_flight() + asleep + self.held.len() + self.stuck.len() + self.done.len()
+    }
+
+    /// What waits is early, and what is stuck fails: whoever waits does not wait for what goes wrong on purpose.
+    fn stop(&mut self) {
+        self.stopping = true;
+        self.asleep.iter_mut().for_each(Timers::hurry);
+        for (io, ..) in mem::take(&mut self.stuck) {
+            self.give_up(io);
+        }
+        self.inner.stop();
     }
 }

@@ -140,7 +140,7 @@ impl Store for FileStore {
         StoreInfo { capacity: self.0.capacity(), ..self.0.info.clone() }
     }
 
-    fn attach(&self, ring: &Rc<Uring>) -> io::Result<Box<dyn Backend>> {
+    fn attach(&self, ring: &Rc<Uring>, _: u16) -> io::Result<Box<dyn Backend>> {
         if self.0.iopoll && !ring.has_polled_lane() {
             return Err(io::Error::new(io::ErrorKind::Unsupported, "this store needs a ring for polled completions"));
         }

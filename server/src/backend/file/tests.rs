@@ -154,9 +154,9 @@ fn iopoll_takes_a_ring_that_has_it() {
     let (_dir, _path, mut store) = store(Cache::None, 1 << 20);
     Arc::get_mut(&mut store.0).unwrap().iopoll = true;
     let ring = Rc::new(Uring::new(&Waker::new().unwrap()).unwrap());
-    assert_eq!(store.attach(&ring).map(drop).unwrap_err().kind(), io::ErrorKind::Unsupported);
+    assert_eq!(store.attach(&ring, 0).map(drop).unwrap_err().kind(), io::ErrorKind::Unsupported);
     let ring = Uring::with(&Waker::new().unwrap(), UringOptions { sqpoll: None, iopoll: true }).unwrap();
-    assert!(store.attach(&Rc::new(ring)).is_ok());
+    assert!(store.attach(&Rc::new(ring), 0).is_ok());
 }
 
 /// A store with fixed buffers, of 1 MiB, that numbers its sectors.
@@ -256,7 +256,7 @@ fn a_file_is_registered_as_long_as_a_backend_uses_it() {
     let mut rig = Rig::new(&store);
     assert_eq!(rig.ring.registered().0, 1);
     // More backends than the table has room for, of which the last go without.
-    let backends: Vec<_> = (0..5000).map(|_| store.attach(&rig.ring).unwrap()).collect();
+    let backends: Vec<_> = (0..5000).map(|_| store.attach(&rig.ring, 0).unwrap()).collect();
     let registered = rig.ring.registered().0;
     assert!((256..5000).contains(&registered), "{registered}");
     let first = std::mem::replace(&mut rig.backend, backends.into_iter().last().unwrap());
@@ -266,7 +266,7 @@ fn a_file_is_registered_as_long_as_a_backend_uses_it() {
     rig.backend = first;
     let buffers = rig.guest.buffers(&[(0, 4096)]);
     rig.submit(Op::Read { offset: 0 }, buffers).unwrap();
-    rig.backend = store.attach(&rig.ring).unwrap();
+    rig.backend = store.attach(&rig.ring, 0).unwrap();
     assert_eq!(rig.ring.registered().0, 2, "the one that is gone has a read in flight");
     drop((path, store));
     rig.forget();
@@ -384,7 +384,7 @@ fn a_slot_of_a_backend_that_is_gone_is_not_taken_for_anothers() {
         if round % 2 == 0 {
             rig.ring.submit().unwrap();
         }
-        rig.backend = store.attach(&rig.ring).unwrap();
+        rig.backend = store.attach(&rig.ring, 0).unwrap();
         rig.forget();
         let buffers = rig.guest.buffers(&[(0, 512)]);
         rig.submit(Op::Read { offset: 512 }, buffers).unwrap();
@@ -397,7 +397,7 @@ fn a_slot_of_a_backend_that_is_gone_is_not_taken_for_anothers() {
 fn without_a_ring_there_is_no_backend() {
     let (_dir, _path, store) = store(Cache::None, 4096);
     let ring = Rc::new(Uring::without_kernel(&Waker::new().unwrap()));
-    assert_eq!(store.attach(&ring).map(drop).unwrap_err().kind(), io::ErrorKind::Unsupported);
+    assert_eq!(store.attach(&ring, 0).map(drop).unwrap_err().kind(), io::ErrorKind::Unsupported);
 }
 
 /// `VFIO_USER_BLK_TEST_DEVICE=/dev/loop0 cargo test -p vfio-user-blk block_device -- --ignored`

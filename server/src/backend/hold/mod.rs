@@ -63,8 +63,8 @@ impl Store for HoldStore {
         self.inner.info()
     }
 
-    fn attach(&self, ring: &Rc<Uring>) -> io::Result<Box<dyn Backend>> {
-        Ok(Box::new(HoldBackend::new(self.inner.attach(ring)?, self.on_error, &self.held, ring)?))
+    fn attach(&self, ring: &Rc<Uring>, queue: u16) -> io::Result<Box<dyn Backend>> {
+        Ok(Box::new(HoldBackend::new(self.inner.attach(ring, queue)?, self.on_error, &self.held, ring)?))
     }
 
     fn flush(&self) -> io::Result<()> {

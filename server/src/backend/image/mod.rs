@@ -144,7 +144,7 @@ impl Store for ImageStore {
     }
 
     /// Needs no ring of the kernel's.
-    fn attach(&self, ring: &Rc<Uring>) -> io::Result<Box<dyn Backend>> {
+    fn attach(&self, ring: &Rc<Uring>, _: u16) -> io::Result<Box<dyn Backend>> {
         self.threads.attach(ring)
     }
 

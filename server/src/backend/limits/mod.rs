@@ -80,8 +80,8 @@ impl Store for LimitedStore {
         self.inner.info()
     }
 
-    fn attach(&self, ring: &Rc<Uring>) -> io::Result<Box<dyn Backend>> {
-        Ok(Box::new(LimitedBackend::new(self.inner.attach(ring)?, &self.limiter, ring)?))
+    fn attach(&self, ring: &Rc<Uring>, queue: u16) -> io::Result<Box<dyn Backend>> {
+        Ok(Box::new(LimitedBackend::new(self.inner.attach(ring, queue)?, &self.limiter, ring)?))
     }
 
     /// Not limited: it is no guest's.

@@ -82,7 +82,7 @@ fn a_queue_with_much_to_do_does_not_starve_another() {
     let store = store(&Limits { operations: of_all(rate(200, 1)), ..Limits::default() });
     let mut greedy = Rig::new(&store);
     let mut modest = Rig::new(&store);
-    modest.backend = store.attach(&greedy.ring).unwrap();
+    modest.backend = store.attach(&greedy.ring, 0).unwrap();
     modest.ring = Rc::clone(&greedy.ring);
     let (mut of_greedy, mut of_modest) = (0, 0);
     while of_greedy + of_modest < 60 {

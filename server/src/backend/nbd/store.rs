@@ -120,7 +120,7 @@ impl Store for NbdStore {
         self.0.export.info(self.0.options.read_only)
     }
 
-    fn attach(&self, ring: &Rc<Uring>) -> io::Result<Box<dyn Backend>> {
+    fn attach(&self, ring: &Rc<Uring>, _: u16) -> io::Result<Box<dyn Backend>> {
         Ok(Box::new(Connection::new(&self.0, ring)?))
     }
 

@@ -167,11 +167,11 @@ impl Store for OverlayStore {
         self.0.info.clone()
     }
 
-    fn attach(&self, ring: &Rc<Uring>) -> io::Result<Box<dyn Backend>> {
+    fn attach(&self, ring: &Rc<Uring>, queue: u16) -> io::Result<Box<dyn Backend>> {
         if self.is_being_emptied() {
             return Err(io::Error::new(io::ErrorKind::ResourceBusy, "the overlay is being emptied"));
         }
-        Ok(Box::new(OverlayBackend::new(&self.0, ring)?))
+        Ok(Box::new(OverlayBackend::new(&self.0, ring, queue)?))
     }
 
     fn flush(&self) -> io::Result<()> {

@@ -92,7 +92,7 @@ pub(super) struct OverlayBackend {
 }
 
 impl OverlayBackend {
-    pub(super) fn new(overlay: &Arc<Overlay>, ring: &Rc<Uring>) -> io::Result<Self> {
+    pub(super) fn new(overlay: &Arc<Overlay>, ring: &Rc<Uring>, queue: u16) -> io::Result<Self> {
         let commits = match &overlay.stored {
             Some(stored) => {
                 let (stored, leading) = (Arc::clone(stored), Client::new(ring, ())?);
@@ -101,8 +101,8 @@ impl OverlayBackend {
             None => None,
         };
         Ok(Self {
-            base: overlay.base.store.attach(ring)?,
-            own: overlay.own.attach(ring)?,
+            base: overlay.base.store.attach(ring, queue)?,
+            own: overlay.own.attach(ring, queue)?,
             overlay: Arc::clone(overlay),
             ring: Rc::clone(ring),
             requests: Slab::new(MAX_REQUESTS),

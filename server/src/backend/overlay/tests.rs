@@ -15,7 +15,7 @@ use virtio::memory::PinnedBuffers;
 use super::commit::Outcome;
 use super::*;
 use crate::backend::contract::{Rig, pattern};
-use crate::backend::faults::{Fault, FaultyStore, Kind, Rule, When};
+use crate::backend::faults::{Fault, Faults, FaultyStore, Kind, Rule};
 use crate::backend::uring::Waker;
 use crate::backend::{Io, Op, SECTOR};
 
@@ -538,8 +538,8 @@ fn what_fails_leaves_what_was_there() {
     let golden = Golden::new(MIB);
     let with = |kinds, base_fails: bool| {
         let fault = |inner| -> Arc<dyn Store> {
-            let rule = Rule { kinds, sectors: None, when: When::Always, fault: Fault::Error(libc::EIO) };
-            Arc::new(FaultyStore::new(inner, vec![rule], 0))
+            let rule = Rule { kinds, ..Rule::always(Fault::Error(libc::EIO)) };
+            Arc::new(FaultyStore::new(inner, Faults::new(0, vec![rule])))
         };
         let store = golden.open(Place::Memory);
         let Overlay { base, own, own_offset, map, info, .. } = &*store.0;
@@ -605,7 +605,7 @@ fn an_overlay_of_any_store_is_known_by_its_name() {
     let place = Place::Kept { path, cache: Cache::Writeback };
     let options = OverlayOptions { place, size: None, limit: None };
     let store = OverlayStore::open(&Base::named(memory.clone(), "one"), &options).unwrap();
-    let mut backend = store.attach(&ring).unwrap();
+    let mut backend = store.attach(&ring, 0).unwrap();
     let mut done = Vec::new();
     backend.submit(Box::new(Io { token: 7, op: Op::Read { offset: 0 }, buffers: PinnedBuffers::default() })).unwrap();
     backend.reap(&mut done);

@@ -220,7 +220,7 @@ impl Medium {
     }
 
     fn attach(&mut self) -> io::Result<()> {
-        self.backend = Some(self.store.attach(&self.ring)?);
+        self.backend = Some(self.store.attach(&self.ring, 0)?);
         Ok(())
     }
 

@@ -112,7 +112,7 @@ impl Store for PowerCutStore {
         self.inner.info()
     }
 
-    fn attach(&self, ring: &Rc<Uring>) -> io::Result<Box<dyn Backend>> {
+    fn attach(&self, ring: &Rc<Uring>, _: u16) -> io::Result<Box<dyn Backend>> {
         let jobs = self.jobs.clone().ok_or_else(gone)?;
         let cuts = self.cuts.load(Ordering::Acquire);
         Ok(Box::new(Queue::new(ring, move |io, desk| {

@@ -322,7 +322,7 @@ mod tests {
             } else {
                 // The backend is full: another one, until the ring is.
                 rig.ring.submit().unwrap();
-                others.push(std::mem::replace(&mut rig.backend, store.attach(&rig.ring).unwrap()));
+                others.push(std::mem::replace(&mut rig.backend, store.attach(&rig.ring, 0).unwrap()));
                 rig.forget();
             }
             assert!(taken < 1 << 16, "without a bound");

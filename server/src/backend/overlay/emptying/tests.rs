@@ -199,7 +199,7 @@ fn a_base_of_others_is_left_alone() {
     assert!(matches!(commit(&first), Err(EmptyError::Already)));
     let ring =
         std::rc::Rc::new(crate::backend::uring::Uring::new(&crate::backend::uring::Waker::new().unwrap()).unwrap());
-    assert!(first.attach(&ring).is_err(), "nobody may use it meanwhile");
+    assert!(first.attach(&ring, 0).is_err(), "nobody may use it meanwhile");
     drop(emptying);
     commit(&first).unwrap();
     assert!(fs::read(&path).unwrap() == disk);

@@ -1,0 +1,84 @@
+//! What an operator has go wrong; docs/faults.md describes it.
+
+use serde::Deserialize;
+use serde_json::{Value, json};
+
+use super::methods::{find, params};
+use super::rpc::Failure;
+use crate::backend::faults::MAX_RULES;
+use crate::config::FaultConfig;
+use crate::devices::Devices;
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Add {
+    device: String,
+    rule: FaultConfig,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Named {
+    device: String,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Release {
+    device: String,
+    id: Option<u32>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Remove {
+    device: String,
+    id: Option<u32>,
+    #[serde(default)]
+    all: bool,
+}
+
+pub(super) fn add(devices: &Devices, given: Value) -> Result<Value, Failure> {
+    let Add { device, rule } = params(given)?;
+    let device = find(devices, &device)?;
+    rule.check(device.num_queues).map_err(Failure::invalid_params)?;
+    let full = || Failure::new(Failure::BUSY, format!("the device has {MAX_RULES} faults; remove some"));
+    let id = device.add_fault(&rule)?.ok_or_else(full)?;
+    log::warn!("{}: fault {id} by an operator: {rule:?}", device.name);
+    Ok(json!({ "device": device.name, "id": id }))
+}
+
+pub(super) fn list(devices: &Devices, given: Value) -> Result<Value, Failure> {
+    let Named { device } = params(given)?;
+    let device = find(devices, &device)?;
+    let (seed, faults) = device.faults();
+    Ok(json!({ "device": device.name, "seed": seed, "faults": faults }))
+}
+
+pub(super) fn remove(devices: &Devices, given: Value) -> Result<Value, Failure> {
+    let Remove { device, id, all } = params(given)?;
+    if id.is_some() == all {
+        return Err(Failure::invalid_params("say id, or all"));
+    }
+    let device = find(devices, &device)?;
+    let removed = there(device.remove_faults(id)?, id)?;
+    log::info!("{}: faults removed by an operator: {removed:?}", device.name);
+    Ok(json!({ "device": device.name, "removed": removed }))
+}
+
+pub(super) fn release(devices: &Devices, given: Value) -> Result<Value, Failure> {
+    let Release { device, id } = params(given)?;
+    let device = find(devices, &device)?;
+    let released = there(device.release_faults(id)?, id)?;
+    Ok(json!({ "device": device.name, "released": released }))
+}
+
+/// One that was named has to be there.
+fn there(found: Vec<u32>, named: Option<u32>) -> Result<Vec<u32>, Failure> {
+    match named {
+        Some(id) if found.is_empty() => {
+            Err(Failure::invalid_params(format!("there is no fault {id}; device.fault.list shows them")))
+        }
+        _ => Ok(found),
+    }
+}
