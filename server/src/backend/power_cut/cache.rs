@@ -241,7 +241,7 @@ mod tests {
         assert_eq!(cache.pop().unwrap().live, [0..SECTOR, 2 * SECTOR..4 * SECTOR]);
         assert_eq!(seen(&cache), ".......b..");
         let part: Vec<_> = cache.overlaying(&(7 * SECTOR + 100..9 * SECTOR)).map(|(range, _)| range).collect();
-        assert_eq!(part, vec![7 * SECTOR + 100..8 * SECTOR]);
+        assert!(part.len() == 1 && part[0] == (7 * SECTOR + 100..8 * SECTOR), "{part:?}");
     }
 
     #[test]
