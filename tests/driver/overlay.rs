@@ -239,7 +239,7 @@ fn an_operator_commits_an_overlay_under_a_driver() {
     assert!(!done && said.contains("--control-allow"), "{said}");
     exercise(&mut machine.queues);
     drop(machine);
-    server.stop();
+    let _folder = server.stop();
     assert!(fs::read(&golden).unwrap() == before);
 }
 

@@ -146,7 +146,10 @@ pub(super) fn fio(place: &Place, load: Load, duration: Duration) -> Result<f64> 
 
 /// The rate in fio's report.
 fn rate(fio: &Command, load: Load) -> Result<f64> {
-    let report: Value = serde_json::from_str(&output(fio)?).context("fio's report")?;
+    let said = output(fio)?;
+    // Its client of NBD says that it is connected, before the report.
+    let report = said.find('{').and_then(|start| said.get(start..)).unwrap_or_default();
+    let report: Value = serde_json::from_str(report).context("fio's report")?;
     let way = if load.write { "write" } else { "read" };
     let rate = report.pointer(&format!("/jobs/0/{way}/iops")).and_then(Value::as_f64);
     rate.filter(|rate| *rate > 0.0).context("fio's report has no rate")
