@@ -18,6 +18,7 @@ mod images;
 mod interrupts;
 mod io;
 mod live;
+mod live_faults;
 mod metrics;
 mod nbd;
 mod notifications;

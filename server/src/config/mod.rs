@@ -19,7 +19,7 @@ pub use bench::{BenchArgs, CompletionMode, Kick, Switch, Workload};
 pub use cli::{CheckArgs, Cli, Command, CompletionsArgs, ManArgs, ServeArgs};
 pub use ctl::{
     AddFaultArgs, CtlArgs, CtlCommand, DEFAULT_CONTROL_SOCKET, DeviceArgs, FaultArgs, FaultCommand, ReleaseFaultArgs,
-    RemoveArgs, RemoveFaultArgs, ResizeArgs,
+    RemoveArgs, RemoveFaultArgs, ResizeArgs, TriggerFaultArgs, TriggerKind,
 };
 pub use device::{Cache, DeviceConfig, Doorbell, InvalidDevice, PollPolicy, StoreKind};
 pub use fault::{Decimal, FaultConfig, FaultKind, FaultOn, InvalidFault, Sectors, Wait};

@@ -26,6 +26,7 @@ use std::time::{Duration, Instant};
 
 use vfio_user::{Connection, ConnectionError, Limits, Received, Request};
 
+use crate::backend::faults::Breakdown;
 use crate::config::ClientLimits;
 use crate::device::Device;
 use crate::listener::{Arrival, Listener};
@@ -79,7 +80,7 @@ impl Session {
             let stream = match self.listener.accept([self.stop.as_fd(), self.orders.as_fd()])? {
                 Arrival::Client(stream) => stream,
                 Arrival::Woken(1) => match self.device.obey(&self.orders) {
-                    Obeyed::GoOn => continue,
+                    Obeyed::GoOn | Obeyed::Closed => continue,
                     Obeyed::Removed => break,
                 },
                 Arrival::Woken(_) => break,
@@ -157,11 +158,11 @@ fn serve_once(
     for source in sources {
         match source {
             Source::Stop => return Ok(Some(End::Service)),
-            Source::Orders => {
-                if attendance.obey(orders) == Obeyed::Removed {
-                    return Ok(Some(End::Service));
-                }
-            }
+            Source::Orders => match attendance.obey(orders) {
+                Obeyed::GoOn => {}
+                Obeyed::Closed => return Ok(Some(closed(log))),
+                Obeyed::Removed => return Ok(Some(End::Service)),
+            },
             Source::Socket => {
                 connection.sender.flush()?;
                 if let Some(end) = receive(log, connection, attendance)? {
@@ -176,6 +177,8 @@ fn serve_once(
                             log.error(format_args!("queue {queue}: {error}; the device needs a reset"));
                             attendance.needs_reset();
                         }
+                        Event::Breakdown(Breakdown::NeedsReset) => attendance.break_down(),
+                        Event::Breakdown(Breakdown::CloseSession) => return Ok(Some(closed(log))),
                         Event::BlankRing { queue } => log.error(format_args!(
                             "queue {queue} was kicked, but its ring is blank: the guest's RAM is not shared with \
                              this server. Start QEMU with -object memory-backend-memfd,id=mem,size=...,share=on and \
@@ -192,6 +195,12 @@ fn serve_once(
         }
     }
     Ok(None)
+}
+
+/// The end of a session that nobody but an operator wants.
+fn closed(log: &ClientLog) -> End {
+    log.warn(format_args!("the session is closed on purpose"));
+    End::Client
 }
 
 /// Answers the messages that have arrived, some at most.

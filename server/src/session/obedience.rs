@@ -4,6 +4,7 @@ use std::time::{Duration, Instant};
 
 use super::attendance::Attendance;
 use super::orders::{Answer, Order, OrderError, Orders};
+use crate::backend::faults::Breakdown;
 use crate::device::Device;
 
 /// How long an order may wait for requests in flight. The client's messages wait as long.
@@ -14,6 +15,8 @@ const REST_LIMIT: Duration = Duration::from_secs(1);
 pub(super) enum Obeyed {
     /// The service goes on.
     GoOn,
+    /// It ends for this client.
+    Closed,
     /// It ends.
     Removed,
 }
@@ -27,11 +30,15 @@ pub(super) trait Obey {
         orders.drain();
         while let Some((order, answer)) = orders.pop() {
             let result = self.carry_out(order);
-            let removed = result.is_ok() && matches!(order, Order::Remove { .. });
+            let obeyed = match order {
+                Order::Remove { .. } if result.is_ok() => Obeyed::Removed,
+                Order::BreakDown(Breakdown::CloseSession) if result.is_ok() => Obeyed::Closed,
+                _ => Obeyed::GoOn,
+            };
             // An operator that has lost its patience does not hear.
             let _gone = answer.send(result);
-            if removed {
-                return Obeyed::Removed;
+            if obeyed != Obeyed::GoOn {
+                return obeyed;
             }
         }
         Obeyed::GoOn
@@ -46,6 +53,7 @@ impl Obey for Device {
                 self.set_paused(order == Order::Pause);
             }
             Order::Resize { capacity, shrink } => return self.resize(capacity, shrink),
+            Order::BreakDown(_) | Order::Interrupt { .. } => return Err(OrderError::NoClient),
             // They do when they are started.
             Order::Reattach | Order::Look | Order::Remove { .. } => {}
         }
@@ -79,6 +87,9 @@ impl Obey for Attendance<'_> {
                 }
             }
             Order::Look => self.look(),
+            Order::BreakDown(Breakdown::NeedsReset) => self.break_down(),
+            Order::BreakDown(Breakdown::CloseSession) => {}
+            Order::Interrupt { queue } => self.interrupt(queue),
             Order::Remove { force: false } => return Err(OrderError::InUse),
             Order::Remove { force: true } => {}
         }
