@@ -17,7 +17,7 @@ use crate::binary::{Served, command, disk};
 use crate::rig::{DISK, IOERR, LIMIT, Machine, OK, completion, execute, exercise, given_back, image_bytes, signalled};
 
 /// A server with a disk in memory, or as `more` describes it, and a control socket.
-fn serve(more: impl FnOnce(&Path) -> Vec<String>) -> Served {
+pub(crate) fn serve(more: impl FnOnce(&Path) -> Vec<String>) -> Served {
     Served::start(|folder| {
         let mut arguments = disk(&folder.join("blk.sock"));
         arguments.extend(["--control-socket".into(), text(&folder.join("control.sock"))]);
@@ -30,7 +30,7 @@ fn text(path: &Path) -> String {
     path.to_str().unwrap().to_owned()
 }
 
-fn operator(server: &Served) -> ControlClient {
+pub(crate) fn operator(server: &Served) -> ControlClient {
     ControlClient::connect(&server.folder().join("control.sock")).unwrap()
 }
 
@@ -47,7 +47,7 @@ pub(crate) fn refused(operator: &mut ControlClient, method: &str, params: Value)
 }
 
 /// Runs `ctl`: its status, what it prints, and what it says of errors.
-fn ctl(server: &Served, words: &[&str]) -> (Option<i32>, String, String) {
+pub(crate) fn ctl(server: &Served, words: &[&str]) -> (Option<i32>, String, String) {
     let socket = server.folder().join("control.sock");
     let output = command().arg("ctl").arg("--socket").arg(socket).args(words).output().unwrap();
     let [out, err] = [output.stdout, output.stderr].map(|bytes| String::from_utf8(bytes).unwrap());

@@ -21,6 +21,7 @@ mod interrupts;
 mod io;
 mod limits;
 mod live;
+mod live_faults;
 mod metrics;
 mod nbd;
 mod notifications;

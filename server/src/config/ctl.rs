@@ -2,7 +2,8 @@
 
 use std::path::PathBuf;
 
-use clap::{Args, Subcommand};
+use clap::{Args, Subcommand, ValueEnum};
+use serde::{Deserialize, Serialize};
 
 use super::{DeviceConfig, FabricChoice, FaultConfig, RateLimits, Size};
 use crate::backend::power_cut::PowerCut;
@@ -167,6 +168,8 @@ pub enum FaultCommand {
     Remove(RemoveFaultArgs),
     /// Have what is stuck go on; what comes after may get stuck again
     Release(ReleaseFaultArgs),
+    /// Have one thing go wrong now, once
+    Trigger(TriggerFaultArgs),
 }
 
 /// What is to go wrong
@@ -203,4 +206,31 @@ pub struct ReleaseFaultArgs {
 
     /// The number of the fault that holds it, as fault list shows it [default: all]
     pub id: Option<u32>,
+}
+
+/// What is to go wrong now
+#[derive(Clone, Debug, Args)]
+pub struct TriggerFaultArgs {
+    /// The device: its name, its socket, or the file name of that, with or without extension
+    pub device: String,
+
+    /// What goes wrong
+    #[arg(value_enum)]
+    pub what: TriggerKind,
+
+    /// Request queue whose interrupt it is, from 0 [default: all]
+    #[arg(long, value_name = "N")]
+    pub queue: Option<u16>,
+}
+
+/// What can go wrong by itself.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize, ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum TriggerKind {
+    /// The device needs a reset, and takes no requests until then
+    NeedsReset,
+    /// The client is disconnected
+    CloseSession,
+    /// An interrupt is sent for nothing
+    SpuriousInterrupt,
 }

@@ -39,7 +39,7 @@ pub struct FaultConfig {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub every: Option<u64>,
 
-    /// How long what it strikes waits: 5ms, or from how long to how long: 100us-2ms
+    /// How long what it strikes waits, or until the spurious interrupt: 5ms, or from how long to how long: 100us-2ms
     #[arg(long, value_name = "TIME")]
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub latency: Option<Wait>,
@@ -76,6 +76,18 @@ pub enum FaultKind {
     Lost,
     /// It is not answered until the fault is removed or released
     Stuck,
+    /// The operation is done, and the device needs a reset
+    NeedsReset,
+    /// The operation is done, and the client is disconnected
+    CloseSession,
+    /// An interrupt is not sent
+    LostInterrupt,
+    /// An interrupt is sent later
+    LateInterrupt,
+    /// After an interrupt there is another one, for nothing
+    SpuriousInterrupt,
+    /// A driver's kick is not heard
+    LostKick,
 }
 
 /// An operation.
@@ -250,10 +262,15 @@ impl Serialize for Sectors {
 #[non_exhaustive]
 pub enum InvalidFault {
     /// A latency without one.
-    #[error("fault = \"latency\" needs latency, such as \"5ms\" or \"1ms-5ms\"")]
-    NoLatency,
+    #[error("fault = \"{fault}\" needs latency, such as \"5ms\" or \"1ms-5ms\"")]
+    NoLatency {
+        /// What was to come late.
+        fault: &'static str,
+    },
     /// A latency for something else.
-    #[error("latency and sigma are for fault = \"latency\"; leave them out")]
+    #[error(
+        "latency and sigma are for fault = \"latency\", \"late-interrupt\" and \"spurious-interrupt\"; leave them out"
+    )]
     LatencyUnused,
     /// Two distributions.
     #[error("sigma is for a latency of one number, which is the median; leave one of them out")]
@@ -278,6 +295,9 @@ pub enum InvalidFault {
         /// Queues that there are.
         num_queues: u16,
     },
+    /// An interrupt or a kick is of no sector.
+    #[error("sectors are for faults of operations; leave them out")]
+    NoSectors,
     /// It can't go wrong like that.
     #[error("fault = \"{fault}\" is not for on = \"{on}\"")]
     Impossible {
@@ -298,6 +318,12 @@ impl FaultConfig {
     fn possible(&self) -> (&'static str, &'static [FaultOn]) {
         use FaultOn::{Discard, Flush, Read, Write, WriteZeroes};
         match self.fault {
+            FaultKind::NeedsReset => ("needs-reset", &[Read, Write, Flush, Discard, WriteZeroes]),
+            FaultKind::CloseSession => ("close-session", &[Read, Write, Flush, Discard, WriteZeroes]),
+            FaultKind::LostInterrupt => ("lost-interrupt", &[]),
+            FaultKind::LateInterrupt => ("late-interrupt", &[]),
+            FaultKind::SpuriousInterrupt => ("spurious-interrupt", &[]),
+            FaultKind::LostKick => ("lost-kick", &[]),
             FaultKind::Latency => ("latency", &[Read, Write, Flush, Discard, WriteZeroes]),
             FaultKind::Eio => ("eio", &[Read, Write, Flush, Discard, WriteZeroes]),
             FaultKind::Enospc => ("enospc", &[Write, Flush, Discard, WriteZeroes]),
@@ -328,9 +354,9 @@ impl FaultConfig {
     /// The first thing that is wrong.
     pub fn check(&self, num_queues: u16) -> Result<(), InvalidFault> {
         let (fault, possible) = self.possible();
-        let late = self.fault == FaultKind::Latency;
+        let late = matches!(self.fault, FaultKind::Latency | FaultKind::LateInterrupt | FaultKind::SpuriousInterrupt);
         if late && self.latency.is_none() {
-            return Err(InvalidFault::NoLatency);
+            return Err(InvalidFault::NoLatency { fault });
         }
         if !late && (self.latency.is_some() || self.sigma.is_some()) {
             return Err(InvalidFault::LatencyUnused);
@@ -353,6 +379,9 @@ impl FaultConfig {
         }
         if let Some(queue) = self.queue.filter(|queue| *queue >= num_queues) {
             return Err(InvalidFault::Queue { queue, num_queues });
+        }
+        if possible.is_empty() && self.sectors.is_some() {
+            return Err(InvalidFault::NoSectors);
         }
         match self.on.iter().find(|on| !possible.contains(on)) {
             Some(on) => Err(InvalidFault::Impossible { fault, on: *on }),
@@ -390,6 +419,7 @@ mod tests {
             "fault = 'latency'\nlatency = '100us-2s'\non = ['read', 'write-zeroes']\nevery = 3\nburst = 2",
             "fault = 'eio'\nsectors = '7'\nprobability = 0.25\nqueue = 1",
             "fault = 'latency'\nlatency = '60s'\nsigma = 0.5",
+            "fault = 'spurious-interrupt'\nlatency = '1ms'",
         ] {
             let fault = parse(toml).unwrap();
             let told = serde_json::to_value(&fault).unwrap();
@@ -418,6 +448,10 @@ mod tests {
             ("fault = 'eio'\nevery = 2\nburst = 3", "not more than every"),
             ("fault = 'eio'\nprobability = 0.1\nburst = 0", "1 or more"),
             ("fault = 'eio'\nqueue = 4", "has 4, counted from 0"),
+            ("fault = 'late-interrupt'", "needs latency"),
+            ("fault = 'lost-interrupt'\nlatency = '1ms'", "leave them out"),
+            ("fault = 'lost-kick'\nsectors = '1'", "of operations"),
+            ("fault = 'lost-kick'\non = ['read']", "is not for on"),
             ("fault = 'torn'\non = ['read']", "\"torn\" is not for on = \"read\""),
             ("fault = 'lost'\non = ['write', 'read']", "\"lost\" is not for on = \"read\""),
             ("fault = 'eio'\nhow = 1", "unknown field"),

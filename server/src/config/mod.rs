@@ -25,6 +25,7 @@ pub use cli::{CheckArgs, Cli, Command, CompletionsArgs, ManArgs, ServeArgs};
 pub use ctl::{
     AddFaultArgs, CtlArgs, CtlCommand, DEFAULT_CONTROL_SOCKET, DeviceArgs, DiscardArgs, FaultArgs, FaultCommand,
     PowerCutArgs, ReleaseFaultArgs, RemoveArgs, RemoveFaultArgs, ResizeArgs, SetFabricArgs, SetLimitsArgs,
+    TriggerFaultArgs, TriggerKind,
 };
 pub use device::{Cache, DeviceConfig, Doorbell, InvalidDevice, PollPolicy, StoreKind};
 pub use doctor::DoctorArgs;

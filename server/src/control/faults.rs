@@ -5,9 +5,10 @@ use serde_json::{Value, json};
 
 use super::methods::{find, params};
 use super::rpc::Failure;
-use crate::backend::faults::MAX_RULES;
-use crate::config::FaultConfig;
+use crate::backend::faults::{Breakdown, MAX_RULES};
+use crate::config::{FaultConfig, InvalidFault, TriggerKind};
 use crate::devices::Devices;
+use crate::session::Order;
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -36,6 +37,14 @@ struct Remove {
     id: Option<u32>,
     #[serde(default)]
     all: bool,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Trigger {
+    device: String,
+    what: TriggerKind,
+    queue: Option<u16>,
 }
 
 pub(super) fn add(devices: &Devices, given: Value) -> Result<Value, Failure> {
@@ -71,6 +80,26 @@ pub(super) fn release(devices: &Devices, given: Value) -> Result<Value, Failure>
     let device = find(devices, &device)?;
     let released = there(device.release_faults(id)?, id)?;
     Ok(json!({ "device": device.name, "released": released }))
+}
+
+pub(super) fn trigger(devices: &Devices, given: Value) -> Result<Value, Failure> {
+    let Trigger { device, what, queue } = params(given)?;
+    let device = find(devices, &device)?;
+    if let Some(queue) = queue {
+        if what != TriggerKind::SpuriousInterrupt {
+            return Err(Failure::invalid_params("a queue is for spurious-interrupt; leave it out"));
+        }
+        if queue >= device.num_queues {
+            return Err(Failure::invalid_params(InvalidFault::Queue { queue, num_queues: device.num_queues }));
+        }
+    }
+    device.order(match what {
+        TriggerKind::NeedsReset => Order::BreakDown(Breakdown::NeedsReset),
+        TriggerKind::CloseSession => Order::BreakDown(Breakdown::CloseSession),
+        TriggerKind::SpuriousInterrupt => Order::Interrupt { queue },
+    })?;
+    log::warn!("{}: {what:?} by an operator", device.name);
+    Ok(json!({ "device": device.name, "what": what }))
 }
 
 /// One that was named has to be there.

@@ -48,6 +48,7 @@ const METHODS: &[(&str, Method)] = &[
     ("device.fault.list", faults::list),
     ("device.fault.remove", faults::remove),
     ("device.fault.release", faults::release),
+    ("device.fault.trigger", faults::trigger),
 ];
 
 /// Does what a method does.
@@ -147,6 +148,7 @@ impl From<OrderError> for Failure {
             OrderError::Shrinks { .. } => Self::LOSES_DATA,
             OrderError::Storage(_) => Self::SYSTEM,
             OrderError::Gone => Self::NO_DEVICE,
+            OrderError::NoClient => Self::NO_CLIENT,
         };
         Self::new(code, error)
     }

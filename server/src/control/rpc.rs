@@ -29,6 +29,8 @@ impl Failure {
     pub(super) const SYSTEM: i32 = 5;
     /// It would lose data.
     pub(super) const LOSES_DATA: i32 = 6;
+    /// No client is connected.
+    pub(super) const NO_CLIENT: i32 = 7;
 
     pub(super) fn new(code: i32, message: impl ToString) -> Self {
         Self { code, message: message.to_string() }

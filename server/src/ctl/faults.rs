@@ -1,7 +1,9 @@
 //! `vfio-user-blk ctl fault`.
 
 use serde_json::{Value, json};
-use vfio_user_blk::config::{AddFaultArgs, DeviceArgs, FaultCommand, ReleaseFaultArgs, RemoveFaultArgs};
+use vfio_user_blk::config::{
+    AddFaultArgs, DeviceArgs, FaultCommand, ReleaseFaultArgs, RemoveFaultArgs, TriggerFaultArgs,
+};
 
 use super::{aligned, text};
 
@@ -18,6 +20,9 @@ pub(super) fn call(command: &FaultCommand) -> (&'static str, Value) {
         FaultCommand::Release(ReleaseFaultArgs { device, id }) => {
             ("device.fault.release", json!({ "device": device, "id": id }))
         }
+        FaultCommand::Trigger(TriggerFaultArgs { device, what, queue }) => {
+            ("device.fault.trigger", json!({ "device": device, "what": what, "queue": queue }))
+        }
     }
 }
 
@@ -31,6 +36,7 @@ pub(super) fn tell(command: &FaultCommand, result: &Value) -> String {
         }
         FaultCommand::List(_) => table(&result["faults"]),
         FaultCommand::Remove(_) => format!("{name}: removed {}\n", numbers(&result["removed"])),
+        FaultCommand::Trigger(_) => format!("{name}: {}\n", text(&result["what"])),
         FaultCommand::Release(_) => format!("{name}: released {}\n", numbers(&result["released"])),
     }
 }

@@ -1,14 +1,19 @@
 //! What goes wrong with a device on purpose: as its description says, and as operators say while it is served.
 //!
-//! The rules themselves, and what they do to operations, are in [`backend::faults`](crate::backend::faults).
+//! The rules themselves, and what they do to operations, are in [`backend::faults`](crate::backend::faults); [`FaultyQueue`] does
+//! what they say of interrupts. A kick is lost where the session hears of it.
+
+mod queue;
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use serde::Serialize;
 
-use crate::backend::faults::{Fault, Faults, Kind, Latency, Rule, When};
+use crate::backend::faults::{Breakdown, Delivery, Fault, Faults, Kind, Latency, Rule, When};
 use crate::config::{DeviceConfig, FaultConfig, FaultKind, FaultOn, Wait};
+
+pub(crate) use queue::FaultyQueue;
 
 /// The faults of one device.
 pub(crate) struct DeviceFaults {
@@ -22,7 +27,7 @@ pub(crate) struct DeviceFaults {
 pub(crate) struct Told {
     id: u32,
     rule: FaultConfig,
-    /// How many operations it concerned since it was there.
+    /// How many operations, interrupts or kicks it has concerned.
     concerned: u64,
     /// How many of these it has struck.
     struck: u64,
@@ -119,6 +124,12 @@ fn rule(config: &FaultConfig) -> Rule {
             FaultKind::Torn => Fault::Torn,
             FaultKind::Lost => Fault::Lost,
             FaultKind::Stuck => Fault::Stuck,
+            FaultKind::NeedsReset => Fault::Breakdown(Breakdown::NeedsReset),
+            FaultKind::CloseSession => Fault::Breakdown(Breakdown::CloseSession),
+            FaultKind::LostInterrupt => Fault::Interrupt(Delivery::Lost),
+            FaultKind::LateInterrupt => Fault::Interrupt(Delivery::Late(latency)),
+            FaultKind::SpuriousInterrupt => Fault::Interrupt(Delivery::Twice(latency)),
+            FaultKind::LostKick => Fault::LostKick,
         },
     }
 }

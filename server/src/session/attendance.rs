@@ -404,6 +404,24 @@ impl<'a> Attendance<'a> {
         self.data_path.refresh();
     }
 
+    /// Says that the device needs a reset, on purpose: its queues stop, as those of a device that can't go on.
+    pub(super) fn break_down(&mut self) {
+        self.log.warn(format_args!("the device needs a reset on purpose"));
+        self.notes.fault = Some("on purpose".to_owned());
+        self.device.function.set_needs_reset();
+        if let Err(error) = self.data_path.stop_all(Instant::now() + DRAIN_LIMIT) {
+            self.log.warn(format_args!("its queues stop, but {error}"));
+        }
+    }
+
+    /// Interrupts the driver for nothing, on purpose.
+    pub(super) fn interrupt(&self, queue: Option<u16>) {
+        let function = &self.device.function;
+        for queue in (0..function.num_queues()).filter(|index| queue.is_none_or(|queue| queue == *index)) {
+            function.queue_interrupt(queue).iter().for_each(|interrupt| interrupt.signal());
+        }
+    }
+
     /// The driver broke the rules, or we cannot serve it.
     pub(super) fn needs_reset(&mut self, queue: u16, why: &dyn Display) {
         self.notes.fault = Some(format!("queue {queue}: {why}"));

@@ -9,7 +9,9 @@ use virtio_bindings::virtio_config::{VIRTIO_F_IN_ORDER, VIRTIO_F_RING_PACKED};
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 
 use super::{DRAIN_LIMIT, Events};
+use crate::backend::faults::Faults;
 use crate::device::{Device, QueueParts, QueuePlace, StartError, StillBusy};
+use crate::faults::FaultyQueue;
 use crate::worker::{Attached, Detaching, Pool};
 
 /// The queues of one device.
@@ -23,7 +25,8 @@ pub(super) struct DataPath {
 enum Slot {
     /// Paused: where to go on; or not started since the last reset.
     Stopped(Option<QueueState>),
-    Running(Attached),
+    /// With what goes wrong with it on purpose, if anything did when it was started.
+    Running(Attached, Option<Arc<Faults>>),
     /// Was stopped, and still has requests in flight.
     Stopping(Detaching),
 }
@@ -54,6 +57,10 @@ impl DataPath {
         let Slot::Stopped(state) = *slot else { return Ok(()) };
         let Some(interrupt) = device.function.queue_interrupt(index) else { return Ok(()) };
         let negotiated = |feature: u32| device.function.driver_features() & 1 << feature != 0;
+        let faults = device.faults.rules();
+        let faults = faults.any().then(|| Arc::clone(faults));
+        let faulty = faults.as_ref().map(|faults| FaultyQueue::new(faults, index, &interrupt, &self.events));
+        let interrupt = faulty.as_ref().map_or(interrupt, FaultyQueue::interrupt);
         let task = device.service.task(QueueParts {
             index,
             place: QueuePlace {
@@ -72,18 +79,25 @@ impl DataPath {
             events: Arc::clone(&self.events),
         })?;
         let worker = device.queue_workers.as_ref().and_then(|workers| workers.around(usize::from(index)));
-        *slot = Slot::Running(self.pool.attach(task, device.poll, worker)?);
+        let task = match faulty {
+            Some(faulty) => faulty.around(task),
+            None => task,
+        };
+        *slot = Slot::Running(self.pool.attach(task, device.poll, worker)?, faults);
         Ok(())
     }
 
     /// Whether a worker serves the queue.
     pub(super) fn is_running(&self, index: u16) -> bool {
-        matches!(self.queues.get(usize::from(index)), Some(Slot::Running(_)))
+        matches!(self.queues.get(usize::from(index)), Some(Slot::Running(..)))
     }
 
     /// Passes a driver's kick on.
     pub(super) fn kick(&self, index: u16) {
-        if let Some(Slot::Running(queue)) = self.queues.get(usize::from(index)) {
+        if let Some(Slot::Running(queue, faults)) = self.queues.get(usize::from(index)) {
+            if faults.as_ref().is_some_and(|faults| faults.loses_kick(index)) {
+                return;
+            }
             queue.doorbell().ring();
         }
     }
@@ -91,7 +105,7 @@ impl DataPath {
     /// Has all queues look at guest memory anew.
     pub(super) fn refresh(&self) {
         for slot in &self.queues {
-            if let Slot::Running(queue) = slot {
+            if let Slot::Running(queue, _) = slot {
                 queue.refresh();
             }
         }
@@ -154,7 +168,7 @@ enum Stop {
 impl Slot {
     fn stop(&mut self, stop: Stop) -> &mut Self {
         *self = match std::mem::replace(self, Self::Stopped(None)) {
-            Self::Running(queue) => Self::Stopping(queue.detach()),
+            Self::Running(queue, _) => Self::Stopping(queue.detach()),
             other => other,
         };
         if let (Self::Stopping(queue), Stop::ForGood) = (&*self, stop) {

@@ -9,12 +9,16 @@ use crossbeam::queue::SegQueue;
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use virtio::memory::Loss;
 
+use crate::backend::faults::Breakdown;
+
 /// Something that happened on the data path and that is the session's to deal with.
 pub(crate) enum Event {
     /// The driver broke a queue's rules.
     Fault { queue: u16, error: String },
     /// The driver kicked a queue in which nothing was ever written, as far as we can see.
     BlankRing { queue: u16 },
+    /// The device is to break down, on purpose.
+    Breakdown(Breakdown),
 }
 
 /// A session's letter box.
@@ -40,6 +44,11 @@ impl Events {
     /// A queue was kicked, but its ring is blank.
     pub(crate) fn blank_ring(&self, queue: u16) {
         self.push(Event::BlankRing { queue });
+    }
+
+    /// The device is to break down, on purpose.
+    pub(crate) fn breakdown(&self, breakdown: Breakdown) {
+        self.push(Event::Breakdown(breakdown));
     }
 
     /// The kernel did not find the client's memory (EFAULT), though it is mapped: as when we find it gone ourselves.

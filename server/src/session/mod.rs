@@ -27,6 +27,7 @@ use std::time::{Duration, Instant};
 
 use vfio_user::{Connection, ConnectionError, Limits, Received, Request};
 
+use crate::backend::faults::Breakdown;
 use crate::config::ClientLimits;
 use crate::device::Device;
 use crate::listener::{Arrival, Listener};
@@ -83,7 +84,7 @@ impl Session {
             let stream = match self.listener.accept([self.stop.as_fd(), self.orders.as_fd()])? {
                 Arrival::Client(stream) => stream,
                 Arrival::Woken(1) => match self.device.obey(&self.orders) {
-                    Obeyed::GoOn | Obeyed::Disconnected => continue,
+                    Obeyed::GoOn | Obeyed::Disconnected | Obeyed::Closed => continue,
                     Obeyed::Removed => break,
                 },
                 Arrival::Woken(_) => break,
@@ -164,6 +165,7 @@ fn serve_once(
             Source::Orders => match attendance.obey(orders) {
                 Obeyed::GoOn => {}
                 Obeyed::Disconnected => return Ok(Some(End::Client)),
+                Obeyed::Closed => return Ok(Some(closed(log))),
                 Obeyed::Removed => return Ok(Some(End::Service)),
             },
             Source::Socket => {
@@ -188,6 +190,8 @@ fn serve_once(
                                  -machine memory-backend=mem"
                             ));
                         }
+                        Event::Breakdown(Breakdown::NeedsReset) => attendance.break_down(),
+                        Event::Breakdown(Breakdown::CloseSession) => return Ok(Some(closed(log))),
                     }
                 }
             }
@@ -199,6 +203,12 @@ fn serve_once(
         }
     }
     Ok(None)
+}
+
+/// The end of a session that nobody but an operator wants.
+fn closed(log: &ClientLog) -> End {
+    log.warn(format_args!("the session is closed on purpose"));
+    End::Client
 }
 
 /// Answers the messages that have arrived, some at most.

@@ -4,6 +4,7 @@ use std::time::{Duration, Instant};
 
 use super::attendance::Attendance;
 use super::orders::{Answer, Order, OrderError, Orders};
+use crate::backend::faults::Breakdown;
 use crate::device::Device;
 use crate::store::{SaidFabric, SaidLimits};
 
@@ -17,6 +18,8 @@ pub(super) enum Obeyed {
     GoOn,
     /// The client's time is over.
     Disconnected,
+    /// It ends for this client.
+    Closed,
     /// It ends.
     Removed,
 }
@@ -33,6 +36,7 @@ pub(super) trait Obey {
             let done = match order {
                 Order::Remove { .. } => Obeyed::Removed,
                 Order::Disconnect => Obeyed::Disconnected,
+                Order::BreakDown(Breakdown::CloseSession) => Obeyed::Closed,
                 _ => obeyed,
             };
             let result = self.carry_out(order);
@@ -58,6 +62,7 @@ impl Obey for Device {
             }
             Order::Resize { capacity, shrink } => return self.resize(capacity, shrink),
             Order::Observe => self.status.observe(None),
+            Order::BreakDown(_) | Order::Interrupt { .. } => return Err(OrderError::NoClient),
             // Queues are attached anew, and look, when they are started.
             Order::Disconnect | Order::Reattach | Order::Look | Order::Remove { .. } => {}
             Order::Limit(limits) => self.set_limits(limits),
@@ -86,6 +91,9 @@ impl Obey for Attendance<'_> {
             Order::Fabric(fabric) => self.at_rest(|device| device.set_fabric(fabric))?,
             Order::Reattach => self.at_rest(|_| ())?,
             Order::Look => self.look(),
+            Order::BreakDown(Breakdown::NeedsReset) => self.break_down(),
+            Order::BreakDown(Breakdown::CloseSession) => {}
+            Order::Interrupt { queue } => self.interrupt(queue),
             Order::Remove { force: false } => return Err(OrderError::InUse),
             Order::Observe => {
                 let seen = self.observe();

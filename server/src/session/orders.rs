@@ -8,6 +8,7 @@ use std::time::Duration;
 use crossbeam::channel::{Receiver, RecvTimeoutError, Sender, TrySendError, bounded};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
+use crate::backend::faults::Breakdown;
 use crate::store::{SaidFabric, SaidLimits};
 
 /// Orders that may wait for a session; more are refused.
@@ -35,6 +36,13 @@ pub(crate) enum Order {
     Reattach,
     /// Have the queues look for what they may go on with.
     Look,
+    /// Break down, on purpose.
+    BreakDown(Breakdown),
+    /// Interrupt the driver for nothing, on purpose.
+    Interrupt {
+        /// The queue that the interrupt is of; all if it is not said.
+        queue: Option<u16>,
+    },
     /// End the service.
     Remove {
         /// Even if a client is connected.
@@ -54,6 +62,9 @@ pub(crate) enum OrderError {
     /// A client is connected.
     #[error("a client is connected; detach the disk from its machine first, or use force")]
     InUse,
+    /// No client is connected.
+    #[error("no client is connected: there is nobody to notice")]
+    NoClient,
     /// Requests do not end.
     #[error(
         "requests are still in flight, and the storage does not answer; the device is paused: try again, or resume it"

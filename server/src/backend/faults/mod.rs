@@ -4,6 +4,8 @@
 //! of its [`Faults`] say, which may change at any time. What a rule does to the *n*th operation that it concerns follows from
 //! the seed, the rule's number and *n* alone: the same operations meet the same faults each time, whatever queues they come by.
 //!
+//! Those of interrupts and kicks are asked by the queues' tasks and the session.
+//!
 //! Rules are asked in their order. Latencies add up; the first other fault that strikes is the last, and the rules behind it do
 //! not learn of the operation.
 
@@ -20,8 +22,10 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use arc_swap::ArcSwap;
+use crossbeam::queue::SegQueue;
 use queue::FaultyBackend;
-pub use rule::{Fault, Kind, Latency, Rule, When};
+pub use rule::{Breakdown, Delivery, Fault, Kind, Latency, Rule, When};
+pub(crate) use timers::Timers;
 
 use super::random::Random;
 use super::uring::Uring;
@@ -38,6 +42,10 @@ pub struct Faults {
     rules: ArcSwap<Vec<Arc<Active>>>,
     /// The number of the last rule that was added. Held by whoever changes the rules.
     last: Mutex<u32>,
+    /// Whoever is told of breakdowns takes them from here.
+    breakdowns: SegQueue<Breakdown>,
+    /// How often a rule was removed or had to let go.
+    eased: AtomicU64,
 }
 
 /// A rule at work.
@@ -78,7 +86,8 @@ impl Faults {
     pub fn new(seed: u64, rules: Vec<Rule>) -> Arc<Self> {
         let rules: Vec<_> = (1..).zip(rules).map(|(number, rule)| Active::new(number, rule)).collect();
         let last = rules.last().map_or(0, |rule| rule.number);
-        Arc::new(Self { seed, rules: ArcSwap::from_pointee(rules), last: Mutex::new(last) })
+        let rules = ArcSwap::from_pointee(rules);
+        Arc::new(Self { seed, rules, last: Mutex::new(last), breakdowns: SegQueue::new(), eased: AtomicU64::new(0) })
     }
 
     /// Where the sequence of faults starts.
@@ -109,6 +118,7 @@ impl Faults {
         let rules = self.rules.load();
         let (gone, left): (Vec<_>, Vec<_>) = rules.iter().cloned().partition(|rule| which(rule.number));
         self.rules.store(Arc::new(left));
+        self.eased.fetch_add(1, Ordering::Release);
         gone.iter().map(|rule| rule.number).collect()
     }
 
@@ -117,7 +127,10 @@ impl Faults {
     pub fn release(&self, which: impl Fn(u32) -> bool) -> Vec<u32> {
         let rules = self.rules.load();
         let released = rules.iter().filter(|rule| which(rule.number));
-        released.inspect(|rule| _ = rule.released.fetch_add(1, Ordering::Relaxed)).map(|rule| rule.number).collect()
+        let released = released.inspect(|rule| _ = rule.released.fetch_add(1, Ordering::Relaxed));
+        let released = released.map(|rule| rule.number).collect();
+        self.eased.fetch_add(1, Ordering::Release);
+        released
     }
 
     /// Whether what a rule has held since it had let go of things `released` times may go on.
@@ -125,6 +138,44 @@ impl Faults {
         let rules = self.rules.load();
         let rule = rules.iter().find(|rule| rule.number == number);
         rule.is_none_or(|rule| rule.released.load(Ordering::Relaxed) != released)
+    }
+
+    /// Whether there are rules.
+    pub(crate) fn any(&self) -> bool {
+        !self.rules.load().is_empty()
+    }
+
+    /// How often a rule was removed or had to let go: what was lost before is to be made up for when this has changed.
+    pub(crate) fn eased(&self) -> u64 {
+        self.eased.load(Ordering::Acquire)
+    }
+
+    /// A breakdown that nobody was told of.
+    pub(crate) fn breakdown(&self) -> Option<Breakdown> {
+        self.breakdowns.pop()
+    }
+
+    /// Whether a kick of a queue is lost.
+    pub(crate) fn loses_kick(&self, queue: u16) -> bool {
+        let rules = self.rules.load();
+        let mut concern =
+            rules.iter().filter(|active| active.rule.fault == Fault::LostKick && active.rule.is_of(queue));
+        concern.any(|active| active.asked(self.seed).is_some())
+    }
+
+    /// What becomes of an interrupt of a queue.
+    pub(crate) fn deliver(&self, queue: u16) -> Delivery<Duration> {
+        for active in self.rules.load().iter().filter(|active| active.rule.is_of(queue)) {
+            let Fault::Interrupt(delivery) = active.rule.fault else { continue };
+            let Some(mut random) = active.asked(self.seed) else { continue };
+            return match delivery {
+                Delivery::Sent => Delivery::Sent,
+                Delivery::Lost => Delivery::Lost,
+                Delivery::Late(latency) => Delivery::Late(latency.draw(&mut random)),
+                Delivery::Twice(latency) => Delivery::Twice(latency.draw(&mut random)),
+            };
+        }
+        Delivery::Sent
     }
 
     /// What becomes of an operation of a queue, and after how long.
@@ -143,6 +194,12 @@ impl Faults {
                     sectors => Fate::Torn((1 + random.below(sectors - 1)) * SECTOR),
                 },
                 Fault::Lost => Fate::Lost,
+                Fault::Breakdown(breakdown) => {
+                    self.breakdowns.push(breakdown);
+                    Fate::Done
+                }
+                // They concern no operation.
+                Fault::Interrupt(_) | Fault::LostKick => continue,
                 Fault::Stuck => Fate::Stuck { rule: active.number, released: active.released.load(Ordering::Relaxed) },
             };
             return (latency, fate);

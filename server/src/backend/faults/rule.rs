@@ -60,9 +60,37 @@ pub enum Fault {
     Torn,
     /// It is said to have been done.
     Lost,
+    /// It is done, and the device breaks down.
+    Breakdown(Breakdown),
     /// It is not answered before the rule is removed, or lets go of what it holds; it is done then. One whose queue is to stop
     /// fails with EIO.
     Stuck,
+    /// An interrupt goes wrong.
+    Interrupt(Delivery<Latency>),
+    /// A driver's kick is not heard.
+    LostKick,
+}
+
+/// What becomes of an interrupt that the device sends for a queue.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Delivery<L> {
+    /// It is sent.
+    Sent,
+    /// It is not.
+    Lost,
+    /// It is sent so much later.
+    Late(L),
+    /// It is sent, and once more so much later.
+    Twice(L),
+}
+
+/// What a device does as a whole that its driver has to notice.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Breakdown {
+    /// It sets DEVICE_NEEDS_RESET and takes no requests until it is reset (virtio 1.3 §2.1.1).
+    NeedsReset,
+    /// The session with the client ends.
+    CloseSession,
 }
 
 /// One fault, and what it strikes.
@@ -118,7 +146,8 @@ impl Rule {
         let touches = |sectors: &RangeInclusive<u64>| {
             offset / SECTOR <= *sectors.end() && sectors.start().saturating_mul(SECTOR) < offset.saturating_add(len)
         };
-        self.is_of(queue)
+        !matches!(self.fault, Fault::Interrupt(_) | Fault::LostKick)
+            && self.is_of(queue)
             && (self.kinds.is_empty() || self.kinds.contains(&kind))
             && self.sectors.as_ref().is_none_or(touches)
     }
