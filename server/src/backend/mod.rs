@@ -133,7 +133,7 @@ pub struct Completion {
 }
 
 /// The store has no room for another operation now; there will be when one has completed, of this backend or of another
-/// on the same ring.
+/// on the same ring, or when the kernel next wakes the thread.
 #[derive(Debug)]
 pub struct Full(pub Box<Io>);
 
