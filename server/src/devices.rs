@@ -144,7 +144,7 @@ impl Handle {
     /// Has its session do something; says how many bytes it has then.
     pub(crate) fn order(&self, order: Order) -> Result<u64, OrderError> {
         let _alone = self.alone();
-        if order != Order::Pause && self.overlay().is_some_and(|overlay| overlay.is_being_emptied()) {
+        if self.overlay().is_some_and(|overlay| overlay.is_being_emptied()) {
             return Err(OrderError::Emptying);
         }
         self.operator.order(order)
@@ -182,10 +182,10 @@ impl Handle {
             written.map_err(E::from).and_then(|()| may_begin(&self.status())).and_then(|()| Ok(work(&emptying)?));
         // Before queues are attached again.
         drop(emptying);
-        if !paused {
-            self.order(Order::Resume)?;
-        }
-        result
+        let resumed = if paused { Ok(0) } else { self.order(Order::Resume) };
+        let emptied = result?;
+        resumed?;
+        Ok(emptied)
     }
 
     /// Where the sequence of its faults starts, and what they are.
