@@ -54,7 +54,7 @@ fn a_device_that_is_well_is_told_from_one_that_is_not() {
     assert_eq!(well["client"]["pid"], std::process::id());
     assert_eq!(well["size"], DISK);
     let session = &well["session"];
-    assert_eq!(session["protocol"]["version"], "0.1");
+    assert_eq!(session["protocol"]["version"], "0.0");
     assert_eq!(session["interrupts"], "msix");
     for word in ["DRIVER_OK", "FEATURES_OK"] {
         assert!(session["device_status"].as_array().unwrap().contains(&word.into()), "{session:#}");
@@ -81,7 +81,7 @@ fn a_device_that_is_well_is_told_from_one_that_is_not() {
 
     let (status, text, err) = doctor(&server, &["vm1"]);
     assert_eq!((status, err.as_str()), (Some(0), ""), "{text}");
-    for words in ["vm1: memory", "vfio-user 0.1", "4 of 4 enabled, 4 served", "memfd", "all is well"] {
+    for words in ["vm1: memory", "vfio-user 0.0", "4 of 4 enabled, 4 served", "memfd", "all is well"] {
         assert!(text.contains(words), "{words:?} is not in:\n{text}");
     }
 

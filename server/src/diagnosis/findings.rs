@@ -284,7 +284,7 @@ fn no_event_idx(of: &Diagnosis) -> Option<Finding> {
         format!(
             "the driver does not use EVENT_IDX, by which both sides leave out interrupts and kicks; {interrupts:.2} interrupts a request"
         ),
-        "nothing for firmware; a guest's driver that could have it has it switched off (QEMU: event_idx=off of another device)",
+        "nothing for firmware; look why a guest's driver does without, since all that are in use know it",
     )
 }
 
