@@ -90,7 +90,7 @@ pub(super) fn trigger(devices: &Devices, given: Value) -> Result<Value, Failure>
             return Err(Failure::invalid_params("a queue is for spurious-interrupt; leave it out"));
         }
         if queue >= device.num_queues {
-            return Err(InvalidFault::Queue { queue, num_queues: device.num_queues }).map_err(Failure::invalid_params);
+            return Err(Failure::invalid_params(InvalidFault::Queue { queue, num_queues: device.num_queues }));
         }
     }
     device.order(match what {
