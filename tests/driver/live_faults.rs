@@ -17,7 +17,7 @@ fn sleepy() -> Served {
     serve(|_| ["--poll", "never"].map(str::to_owned).into())
 }
 
-/// A driver that wants an interrupt for each batch, and so is interrupted whether it sleeps or not.
+/// A driver that is interrupted for each batch once it has asked.
 fn interrupted(server: &Served) -> Machine {
     let features = BlockOptions::FEATURES & !(1 << VIRTIO_RING_F_EVENT_IDX);
     Machine::new(server.client(), &BlockOptions { features, ..BlockOptions::default() })
@@ -46,8 +46,9 @@ fn struck(operator: &mut ControlClient, id: u64, times: u64) {
     until("it strikes", || counts(operator, id).1 == times);
 }
 
-/// Leaves a flush in a queue and kicks.
+/// Asks for an interrupt, leaves a flush in a queue and kicks.
 fn flush(queue: &mut BlockQueue) {
+    let _others_are_there = queue.ring_mut().enable_interrupts();
     queue.submit(&BlockRequest { kind: RequestType::Flush, sector: 0, data: &[] }).unwrap();
     queue.publish().unwrap();
 }

@@ -185,12 +185,12 @@ pub struct AddFaultArgs {
 
 /// What is to go wrong no more
 #[derive(Clone, Debug, Args)]
-#[group(id = "which", required = true, multiple = false, args = ["id", "all"])]
 pub struct RemoveFaultArgs {
     /// The device: its name, its socket, or the file name of that, with or without extension
     pub device: String,
 
     /// The fault's number, as fault list shows it
+    #[arg(required_unless_present = "all", conflicts_with = "all")]
     pub id: Option<u32>,
 
     /// All of them

@@ -22,7 +22,7 @@ fn zeroes(offset: u64, len: u64) -> Io {
     Io { token: 0, op, buffers: PinnedBuffers::default() }
 }
 
-const KINDS: [Fault; 7] = [
+const KINDS: [Fault; 9] = [
     Fault::Latency(Latency::Fixed(Duration::from_millis(1))),
     Fault::Latency(Latency::Uniform(Duration::ZERO, Duration::from_secs(1))),
     Fault::Latency(Latency::LogNormal { median: Duration::from_millis(5), sigma: 1.0 }),
@@ -30,6 +30,8 @@ const KINDS: [Fault; 7] = [
     Fault::Torn,
     Fault::Lost,
     Fault::Stuck,
+    Fault::Interrupt(Delivery::Late(Latency::Uniform(Duration::ZERO, MAX_LATENCY))),
+    Fault::LostKick,
 ];
 
 #[test]
@@ -41,7 +43,11 @@ fn the_same_seed_gives_the_same_sequence() {
             let other = faults.add(rule(Fault::Lost)).unwrap();
             faults.remove(|number| number == other);
             // By whatever queues they come.
-            (0..200).map(|nth| faults.judge(nth % 3, &zeroes(0, MIB))).collect::<Vec<_>>()
+            let fates = (0..200).map(|nth| {
+                let queue = nth % 3;
+                (faults.judge(queue, &zeroes(0, MIB)), faults.deliver(queue), faults.loses_kick(queue))
+            });
+            fates.collect::<Vec<_>>()
         };
         assert_eq!(sequence(1), sequence(1));
         let differ = sequence(1).iter().zip(sequence(2)).filter(|(one, other)| **one != *other).count();
