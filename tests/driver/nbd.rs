@@ -10,14 +10,18 @@ use std::thread;
 
 use client::{BlockOptions, BlockQueue, BlockRequest, Buffer, RequestType};
 use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair};
+use serde_json::json;
 use tempfile::TempDir;
 use testbed::{Process, Progress, Tool};
 use vfio_user_blk::Server;
 use vfio_user_blk::config::{DeviceConfig, OverlayKind, ServerConfig};
+use vfio_user_blk::control::ControlClient;
 
+use crate::binary::Served;
+use crate::control::done;
 use crate::crash::{Journal, Writer};
 use crate::images::random_operations;
-use crate::rig::{DISK, LIMIT, Machine, OK, Random, Rig, UNSUPP, exercise, until};
+use crate::rig::{DISK, LIMIT, Machine, OK, Random, Rig, UNSUPP, exercise, image_bytes, until};
 use crate::workload::{Arena, Workload};
 
 /// A program that exports the file `disk.img`, or memory.
@@ -410,6 +414,43 @@ fn a_reset_does_not_wait_for_a_dead_server() {
     assert!(begun.elapsed() < std::time::Duration::from_secs(20), "the deadline is 60 seconds");
     export.start();
     exercise(&mut machine.queues);
+}
+
+/// The store has given up by its deadline, and the guest has not.
+#[test]
+fn what_outlasts_the_deadline_is_held_until_the_server_is_back() {
+    let mut export = Export::new(Kind::NbdkitFile);
+    let uri = export.uri();
+    let server = Served::start(|folder| {
+        let [socket, control] = ["blk.sock", "control.sock"].map(|name| folder.join(name).display().to_string());
+        let words = ["--socket-path", &socket, "--control-socket", &control, "--nbd-uri", &uri, "--nbd-deadline", "1"];
+        words.into_iter().chain(["--on-error", "hold"]).map(str::to_owned).collect()
+    });
+    let mut operator = ControlClient::connect(&server.folder().join("control.sock")).unwrap();
+    let mut held = || done(&mut operator, "device.list", json!({}))["devices"][0]["held"]["requests"].clone();
+    let mut machine = Machine::new(server.client(), &BlockOptions { queues: 1, ..BlockOptions::default() });
+    exercise(&mut machine.queues);
+    export.kill();
+    let buffer = machine.memory.allocate(4096, 4096).unwrap();
+    buffer.write(0, &[9; 4096]).unwrap();
+    let data = [buffer.segment(0, 4096).unwrap()];
+    let queue = &mut machine.queues[0];
+    queue.submit(&BlockRequest { kind: RequestType::Write, sector: 800, data: &data }).unwrap();
+    queue.publish().unwrap();
+    until("it is held", || held() == 1);
+    export.start();
+    // It may take longer than a deadline until the store has found it.
+    let status = loop {
+        done(&mut operator, "device.resume", json!({ "device": "blk" }));
+        if queue.wait(std::time::Duration::from_secs(2)).unwrap() {
+            break queue.poll().unwrap().unwrap().status;
+        }
+    };
+    assert_eq!(status, OK);
+    queue.flush().unwrap();
+    assert_eq!(image_bytes(&export.image(), 800 * 512, 4096), [9; 4096]);
+    drop(machine);
+    server.stop();
 }
 
 /// Errors that a server makes up are the guest's, and no reason for more.
