@@ -429,6 +429,7 @@ impl<Q: Virtqueue<Memory: MappedQueue>> QueueTask for BlockQueue<Q> {
 
     fn stop(&mut self) {
         self.accepting = false;
+        self.backend.hasten();
     }
 
     fn hurry(&mut self) {

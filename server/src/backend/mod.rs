@@ -192,6 +192,9 @@ pub trait Backend {
     /// Operations that were taken and not yet given back.
     fn in_flight(&self) -> usize;
 
+    /// The queue rests, and somebody waits for the end of what is in flight: what waits for nothing but its time may end early.
+    fn hasten(&mut self) {}
+
     /// The queue is stopped for good, and somebody waits for the end of what is in flight: what does not depend on the kernel
     /// alone, as on a server that does not answer, may fail soon. May be said more than once.
     fn stop(&mut self) {}

@@ -171,6 +171,10 @@ impl QueueTask for FaultyTask {
         self.send_lost();
     }
 
+    fn hurry(&mut self) {
+        self.task.hurry();
+    }
+
     fn in_flight(&self) -> usize {
         self.task.in_flight() + self.late()
     }

@@ -172,6 +172,8 @@ mod tests {
     }
 
     impl QueueTask for Task {
+        fn hurry(&mut self) {}
+
         fn run(&mut self, _: Share) -> Round {
             self.called(Call::Run);
             Round::Nothing

@@ -77,7 +77,7 @@ pub(crate) trait QueueTask {
     fn stop(&mut self);
 
     /// Stopped for good: what is in flight may fail rather than take long.
-    fn hurry(&mut self) {}
+    fn hurry(&mut self);
 
     /// Requests that were taken and not given back.
     fn in_flight(&self) -> usize;
@@ -343,6 +343,8 @@ mod tests {
     }
 
     impl QueueTask for OneAtATime {
+        fn hurry(&mut self) {}
+
         fn run(&mut self, _: Share) -> Round {
             let mut done = Vec::new();
             self.backend.reap(&mut done);

@@ -233,6 +233,8 @@ mod tests {
     struct Empty;
 
     impl QueueTask for Empty {
+        fn hurry(&mut self) {}
+
         fn run(&mut self, _: Share) -> Round {
             Round::Nothing
         }

@@ -23,7 +23,7 @@ pub(super) struct DistantBackend {
     /// How many bytes the data of those are that the store has: it may consume the buffers.
     data: Vec<(u16, u64)>,
     /// Whether somebody waits for the end of what is in flight: all arrive at once then.
-    stopping: bool,
+    hastening: bool,
 }
 
 impl DistantBackend {
@@ -37,14 +37,14 @@ impl DistantBackend {
             responses: VecDeque::new(),
             reaped: Vec::new(),
             data: Vec::new(),
-            stopping: false,
+            hastening: false,
         })
     }
 
     /// Gives the store what has arrived there; says whether that was anything.
     fn arrive(&mut self, now: Moment) -> bool {
         let mut any = false;
-        while let Some((at, io)) = arrived(&mut self.requests, now, self.stopping) {
+        while let Some((at, io)) = arrived(&mut self.requests, now, self.hastening) {
             let (token, data) = (io.token, io.buffers.len());
             let is_read = matches!(io.op, Op::Read { .. });
             if let Err(Full(io)) = self.inner.submit(io) {
@@ -83,9 +83,9 @@ impl DistantBackend {
 }
 
 /// Takes a message that has arrived.
-fn arrived<T>(messages: &mut VecDeque<(Moment, T)>, now: Moment, stopping: bool) -> Option<(Moment, T)> {
+fn arrived<T>(messages: &mut VecDeque<(Moment, T)>, now: Moment, hastening: bool) -> Option<(Moment, T)> {
     let (at, _) = messages.front()?;
-    if *at <= now || stopping { messages.pop_front() } else { None }
+    if *at <= now || hastening { messages.pop_front() } else { None }
 }
 
 impl Backend for DistantBackend {
@@ -114,7 +114,7 @@ impl Backend for DistantBackend {
         if queued {
             self.respond(now);
         }
-        while let Some((_, completion)) = arrived(&mut self.responses, now, self.stopping) {
+        while let Some((_, completion)) = arrived(&mut self.responses, now, self.hastening) {
             done.push(completion);
         }
         queued |= self.set_alarm(now);
@@ -127,8 +127,13 @@ impl Backend for DistantBackend {
         self.requests.len() + self.inner.in_flight() + self.responses.len()
     }
 
+    fn hasten(&mut self) {
+        self.hastening = true;
+        self.inner.hasten();
+    }
+
     fn stop(&mut self) {
-        self.stopping = true;
+        self.hastening = true;
         self.inner.stop();
     }
 }

@@ -181,6 +181,11 @@ impl Backend for FaultyBackend {
     }
 
     /// What waits is early, and what is stuck fails: whoever waits does not wait for what goes wrong on purpose.
+    fn hasten(&mut self) {
+        self.asleep.iter_mut().for_each(Timers::hurry);
+        self.inner.hasten();
+    }
+
     fn stop(&mut self) {
         self.stopping = true;
         self.asleep.iter_mut().for_each(Timers::hurry);

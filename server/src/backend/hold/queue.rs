@@ -288,6 +288,10 @@ impl Backend for HoldBackend {
         self.open + self.done.len()
     }
 
+    fn hasten(&mut self) {
+        self.inner.hasten();
+    }
+
     fn stop(&mut self) {
         self.stopping = true;
         self.inner.stop();

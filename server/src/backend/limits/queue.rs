@@ -17,7 +17,7 @@ pub(super) struct LimitedBackend {
     /// The next to go, which has its place in line, and when its turn is. Nothing else is taken before it has gone.
     head: Option<(Box<Io>, Moment)>,
     /// Whether somebody waits for the end of what is in flight: it goes before its turn then, and is paid for later.
-    stopping: bool,
+    hastening: bool,
     /// Whether a timer was started that the ring has not been told of.
     queued: bool,
 }
@@ -25,14 +25,14 @@ pub(super) struct LimitedBackend {
 impl LimitedBackend {
     pub(super) fn new(inner: Box<dyn Backend>, limiter: &Arc<Limiter>, ring: &Rc<Uring>) -> io::Result<Self> {
         let (limiter, alarm) = (Arc::clone(limiter), Alarm::new(ring)?);
-        Ok(Self { inner, limiter, ring: Rc::clone(ring), alarm, head: None, stopping: false, queued: false })
+        Ok(Self { inner, limiter, ring: Rc::clone(ring), alarm, head: None, hastening: false, queued: false })
     }
 
     /// Lets the head go if it may and the store has room for it; says whether it went.
     fn let_go(&mut self) -> bool {
         let Some((io, when)) = self.head.take() else { return false };
         let now = self.limiter.clock.now();
-        if when > now && !self.stopping {
+        if when > now && !self.hastening {
             self.head = Some((io, when));
             self.queued |= self.alarm.set(when, now);
             return false;
@@ -82,8 +82,13 @@ impl Backend for LimitedBackend {
         self.inner.in_flight() + usize::from(self.head.is_some())
     }
 
+    fn hasten(&mut self) {
+        self.hastening = true;
+        self.inner.hasten();
+    }
+
     fn stop(&mut self) {
-        self.stopping = true;
+        self.hastening = true;
         self.inner.stop();
     }
 
