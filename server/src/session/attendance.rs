@@ -401,7 +401,7 @@ impl<'a> Attendance<'a> {
 
     /// Has the queues that run look for what they may go on with.
     pub(super) fn look(&mut self) {
-        self.data_path.refresh();
+        self.data_path.look();
     }
 
     /// Says that the device needs a reset, on purpose: its queues stop, as those of a device that can't go on.

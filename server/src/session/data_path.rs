@@ -111,6 +111,17 @@ impl DataPath {
         }
     }
 
+    /// Has each queue look for what it may go on with, those too that are to stop and can't.
+    pub(super) fn look(&self) {
+        for slot in &self.queues {
+            match slot {
+                Slot::Running(queue, _) => queue.refresh(),
+                Slot::Stopping(queue) => queue.refresh(),
+                Slot::Stopped(_) => {}
+            }
+        }
+    }
+
     /// Stops a queue for good and waits, until `deadline` at most, for what it has in flight.
     pub(super) fn stop(&mut self, index: u16, deadline: Instant) -> Result<(), StillBusy> {
         match self.queues.get_mut(usize::from(index)) {

@@ -201,6 +201,11 @@ pub(crate) struct Detaching {
 }
 
 impl Detaching {
+    /// Has the worker look for what it may go on with.
+    pub(crate) fn refresh(&self) {
+        self.inbox.push(Command::Refresh(self.id));
+    }
+
     /// What is in flight may fail rather than take long, for the queue will not go on.
     pub(crate) fn hurry(&self) {
         self.inbox.push(Command::Hurry(self.id));
