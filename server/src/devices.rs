@@ -120,8 +120,13 @@ impl Handle {
     pub(crate) fn cut_power(&self, cut: PowerCut, seed: u64) -> Option<Result<Survivors, OrderError>> {
         let cache = self.built_in.power.as_ref()?;
         let Some(cache) = cache.upgrade() else { return Some(Err(OrderError::Gone)) };
+        if self.overlay().is_some_and(|overlay| overlay.is_being_emptied()) {
+            return Some(Err(OrderError::Emptying));
+        }
         let survivors = cache.cut(cut, seed).map_err(OrderError::Storage);
-        Some(survivors.and_then(|survivors| self.order(Order::Disconnect).map(|_| survivors)))
+        // In any case: what was attached is dead.
+        let disconnected = self.order(Order::Disconnect);
+        Some(survivors.and_then(|survivors| disconnected.map(|_| survivors)))
     }
 
     /// How it is now.
@@ -146,6 +151,10 @@ impl Handle {
         let _alone = self.alone();
         if self.overlay().is_some_and(|overlay| overlay.is_being_emptied()) {
             return Err(OrderError::Emptying);
+        }
+        // Here, where it may take its time, rather than by the session, for which a client waits.
+        if matches!(order, Order::Resize { .. }) && self.built_in.power.is_some() {
+            self.flush().map_err(OrderError::Storage)?;
         }
         self.operator.order(order)
     }

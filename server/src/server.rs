@@ -16,7 +16,7 @@ use crate::backend::uring::{SqPoll, UringOptions, Waker};
 use crate::backend::{SECTOR, Service, Store, StoreInfo};
 use crate::block::BlockService;
 use crate::config::{
-    Cache, DeviceConfig, Doorbell, FabricConfig, InvalidDevice, InvalidServer, NumberList, ServerConfig, Size,
+    Cache, DeviceConfig, Doorbell, FabricConfig, InvalidDevice, InvalidServer, NumberList, OnError, ServerConfig, Size,
 };
 use crate::control::{self, Control};
 use crate::device::Device;
@@ -307,7 +307,7 @@ pub(crate) fn open_device(
     let rates = config.rates.map_or(Ok(None), |rates| rates.limits()).map_err(|error| invalid(error.into()))?;
     let fabric = config.fabric.as_ref().map(|fabric| fabric.find(fabrics)).transpose();
     let fabric = fabric.map_err(|error| invalid(error.into()))?;
-    if rates.is_some() || fabric.is_some() {
+    if rates.is_some() || fabric.is_some() || config.on_error() == OnError::Retry {
         store::try_layers(config)?;
     }
     let faults = Arc::new(DeviceFaults::new(config));

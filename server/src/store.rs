@@ -92,8 +92,8 @@ pub enum StoreError {
         /// What is missing, and how to have it.
         source: UringError,
     },
-    /// Limits or a fabric without io_uring, whose timers they wait for.
-    #[error("{}: limits and fabric: {source}", socket_path.display())]
+    /// Limits, a fabric or pauses between attempts without io_uring, whose timers they wait for.
+    #[error("{}: limits, fabric and on_error = \"retry\": {source}", socket_path.display())]
     LayersUring {
         /// The device's socket.
         socket_path: PathBuf,

@@ -3,10 +3,13 @@
 use std::io;
 use std::rc::Rc;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use super::uring::{Elsewhere, Uring, Waker};
 use super::{Backend, Completion, Full, Io};
+
+/// How long operations go on after their queue was stopped for good; those that were not begun by then fail.
+const STOP_LIMIT: Duration = Duration::from_secs(2);
 
 /// Operations in flight on one backend, at most, as on a ring.
 const SLOTS: usize = 1024;
@@ -27,6 +30,8 @@ struct Papers {
     done: Vec<Completion>,
     /// Nobody will take what is done.
     abandoned: bool,
+    /// When what has not been begun fails.
+    until: Option<Instant>,
 }
 
 impl Desk {
@@ -37,10 +42,18 @@ impl Desk {
     /// Does an operation that was handed in here, unless nobody wants it any more.
     pub(super) fn receive(&self, io: Box<Io>, execute: impl FnOnce(&Io) -> io::Result<()>) {
         let mut completion = Some(Completion { result: Ok(()), io });
+        let (abandoned, until) = {
+            let papers = self.papers();
+            (papers.abandoned, papers.until)
+        };
         if let Some(completion) = &mut completion
-            && !self.papers().abandoned
+            && !abandoned
         {
-            completion.result = execute(&completion.io);
+            completion.result = if until.is_some_and(|until| until <= Instant::now()) {
+                Err(io::Error::from_raw_os_error(libc::EIO))
+            } else {
+                execute(&completion.io)
+            };
         }
         let mut papers = self.papers();
         if papers.abandoned {
@@ -108,6 +121,10 @@ impl<F: Fn(Box<Io>, Arc<Desk>)> Backend for Queue<F> {
 
     fn in_flight(&self) -> usize {
         self.in_flight
+    }
+
+    fn stop(&mut self) {
+        self.desk.papers().until.get_or_insert_with(|| Instant::now() + STOP_LIMIT);
     }
 }
 

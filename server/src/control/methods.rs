@@ -144,7 +144,7 @@ impl From<OrderError> for Failure {
         let code = match error {
             OrderError::InUse => Self::IN_USE,
             OrderError::NoOverlay => Self::INVALID_DEVICE,
-            OrderError::Busy | OrderError::Silent | OrderError::Emptying => Self::BUSY,
+            OrderError::Busy | OrderError::Silent | OrderError::Late | OrderError::Emptying => Self::BUSY,
             OrderError::Shrinks { .. } => Self::LOSES_DATA,
             OrderError::Storage(_) => Self::SYSTEM,
             OrderError::Gone => Self::NO_DEVICE,

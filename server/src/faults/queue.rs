@@ -140,6 +140,10 @@ impl QueueTask for FaultyTask {
     fn run(&mut self, share: Share) -> Round {
         self.make_up();
         let round = self.task.run(share);
+        if self.stopping {
+            // What completes while the queue stops is the last that this knows of.
+            self.send_lost();
+        }
         while let Some(breakdown) = self.interrupt.faults.breakdown() {
             self.events.breakdown(breakdown);
         }

@@ -3,6 +3,7 @@
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use crossbeam::channel::{Receiver, RecvTimeoutError, Sender, TrySendError, bounded};
@@ -90,6 +91,9 @@ pub(crate) enum OrderError {
     /// Nobody answers.
     #[error("the device does not answer: it waits for requests in flight; try again")]
     Silent,
+    /// It has begun, and takes long.
+    #[error("the device is at it, and takes long: look at it again later")]
+    Late,
     /// Nobody will.
     #[error("the device is no longer served")]
     Gone,
@@ -101,16 +105,19 @@ pub(crate) type Answer = Result<u64, OrderError>;
 /// An order, and where the answer goes.
 pub(super) type Letter = (Order, Sender<Answer>);
 
+/// A letter on its way, and whether it is somebody's by now: the session's, or its sender's who has taken it back.
+type Sent = (Letter, Arc<AtomicBool>);
+
 /// Who gives orders to a session.
 #[derive(Clone)]
 pub(crate) struct Operator {
-    letters: Sender<Letter>,
+    letters: Sender<Sent>,
     wake: Arc<EventFd>,
 }
 
 /// A session's letter box for orders. It outlives clients.
 pub(crate) struct Orders {
-    letters: Receiver<Letter>,
+    letters: Receiver<Sent>,
     wake: Arc<EventFd>,
 }
 
@@ -125,15 +132,18 @@ pub(crate) fn orders() -> io::Result<(Operator, Orders)> {
 }
 
 impl Operator {
-    /// Gives an order and waits until it has been carried out, or for some seconds.
+    /// Gives an order and waits until it has been carried out, or for some seconds: one that was not begun by then is not
+    /// carried out.
     pub(crate) fn order(&self, order: Order) -> Answer {
         let (answer, answered) = bounded(1);
-        self.letters.try_send((order, answer)).map_err(|error| match error {
+        let taken = Arc::new(AtomicBool::new(false));
+        self.letters.try_send(((order, answer), Arc::clone(&taken))).map_err(|error| match error {
             TrySendError::Full(_) => OrderError::Silent,
             TrySendError::Disconnected(_) => OrderError::Gone,
         })?;
         self.wake.write(1).map_err(io::Error::from)?;
         answered.recv_timeout(PATIENCE).unwrap_or_else(|error| match error {
+            RecvTimeoutError::Timeout if taken.swap(true, Ordering::AcqRel) => Err(OrderError::Late),
             RecvTimeoutError::Timeout => Err(OrderError::Silent),
             // The session has ended, and its letters with it.
             RecvTimeoutError::Disconnected => Err(OrderError::Gone),
@@ -144,7 +154,12 @@ impl Operator {
 impl Orders {
     /// The oldest order. Answer it.
     pub(super) fn pop(&self) -> Option<Letter> {
-        self.letters.try_recv().ok()
+        loop {
+            let (letter, taken) = self.letters.try_recv().ok()?;
+            if !taken.swap(true, Ordering::AcqRel) {
+                return Some(letter);
+            }
+        }
     }
 
     /// Looks at orders from now on, which wakes it no more: call [`pop`](Self::pop) until there is none.
@@ -157,7 +172,7 @@ impl Orders {
 /// Nobody waits for a session that has ended.
 impl Drop for Orders {
     fn drop(&mut self) {
-        while self.pop().is_some() {}
+        while self.letters.try_recv().is_ok() {}
     }
 }
 
@@ -179,7 +194,7 @@ mod tests {
         let (operator, orders) = orders().unwrap();
         thread::scope(|scope| {
             let asking = scope.spawn(|| operator.order(Order::Pause));
-            let (order, answer) = orders.letters.recv().unwrap();
+            let ((order, answer), _) = orders.letters.recv().unwrap();
             assert_eq!(order, Order::Pause);
             answer.send(Ok(7)).unwrap();
             assert_eq!(asking.join().unwrap().unwrap(), 7);
@@ -198,9 +213,15 @@ mod tests {
     fn orders_do_not_pile_up() {
         let (operator, orders) = orders().unwrap();
         for _ in 0..MOST_WAITING {
-            operator.letters.try_send((Order::Pause, bounded(1).0)).unwrap();
+            operator.letters.try_send(((Order::Pause, bounded(1).0), Arc::default())).unwrap();
         }
         assert!(matches!(operator.order(Order::Pause), Err(OrderError::Silent)));
+        // What its sender has taken back is not carried out.
+        let taken = orders.letters.try_recv().unwrap().1;
+        assert!(!taken.swap(true, Ordering::AcqRel));
+        operator.letters.try_send(((Order::Resume, bounded(1).0), taken)).unwrap();
+        let left: Vec<_> = std::iter::from_fn(|| orders.pop()).map(|(order, _)| order).collect();
+        assert!(left.len() == MOST_WAITING - 1 && !left.contains(&Order::Resume));
         drop(orders);
     }
 }

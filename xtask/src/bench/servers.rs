@@ -59,7 +59,8 @@ pub(super) fn ours(place: &Place, store: Store, poll: &str, load: Load, duration
     match store {
         Store::Null => command.args(["--store", "null", "--size", &DISK_SIZE.to_string()]),
         Store::Memory => command.args(["--store", "memory", "--size", &DISK_SIZE.to_string()]),
-        Store::File => command.arg("--blk-file").arg(&place.file),
+        // As fio has them.
+        Store::File => command.arg("--blk-file").arg(&place.file).arg("--fixed-buffers"),
         Store::Nbd => command.args(["--nbd-uri", &format!("nbd+unix:///?socket={}", place.nbd().display())]),
     };
     let _server = start("vfio-user-blk", &mut command, &socket)?;

@@ -180,12 +180,13 @@ impl Backend for FaultyBackend {
         self.inner.in_flight() + asleep + self.held.len() + self.stuck.len() + self.done.len()
     }
 
-    /// What waits is early, and what is stuck fails: whoever waits does not wait for what goes wrong on purpose.
+    /// What waits is early. What is stuck stays so.
     fn hasten(&mut self) {
         self.asleep.iter_mut().for_each(Timers::hurry);
         self.inner.hasten();
     }
 
+    /// Nobody waits for what goes wrong on purpose.
     fn stop(&mut self) {
         self.stopping = true;
         self.asleep.iter_mut().for_each(Timers::hurry);
@@ -193,5 +194,10 @@ impl Backend for FaultyBackend {
             self.give_up(io);
         }
         self.inner.stop();
+    }
+
+    fn is_dormant(&self) -> bool {
+        let others = self.asleep.as_ref().map_or(0, Timers::in_flight) + self.held.len() + self.done.len();
+        others == 0 && (self.inner.in_flight() == 0 && !self.stuck.is_empty() || self.inner.is_dormant())
     }
 }

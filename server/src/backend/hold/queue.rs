@@ -296,6 +296,11 @@ impl Backend for HoldBackend {
         self.stopping = true;
         self.inner.stop();
     }
+
+    fn is_dormant(&self) -> bool {
+        let waits = self.open > 0 && self.inner.in_flight() == 0;
+        !self.stopping && self.unsent.is_empty() && self.done.is_empty() && (waits || self.inner.is_dormant())
+    }
 }
 
 impl Drop for HoldBackend {

@@ -93,6 +93,7 @@ impl Backend for LimitedBackend {
     }
 
     fn is_dormant(&self) -> bool {
-        self.head.is_some() && self.alarm.is_set() && self.inner.in_flight() == 0
+        let waits = self.head.is_some() && self.inner.in_flight() == 0;
+        (self.head.is_none() || self.alarm.is_set()) && (waits || self.inner.is_dormant())
     }
 }

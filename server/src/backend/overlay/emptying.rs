@@ -20,6 +20,8 @@ use crate::backend::memory::MemoryStore;
 
 /// Bytes that are copied at a time.
 const PIECE: usize = 1 << 20;
+/// Bytes that are made zero at once.
+const ZERO_PIECE: u64 = 256 << 20;
 /// How often the log says how far it is.
 const REPORT: Duration = Duration::from_secs(5);
 
@@ -253,8 +255,12 @@ impl Emptying {
                 return Err(EmptyError::Stopped);
             }
             let (source, run) = map.source(&(at..info.capacity));
-            // What frees is done at once, what moves by pieces.
-            let len = if source == Source::Own { run.min(PIECE as u64) } else { run };
+            let len = match source {
+                Source::Base => run,
+                // Most file systems free it without writing it; for others that is long enough to be asked in between.
+                Source::Zero => run.min(ZERO_PIECE),
+                Source::Own => run.min(PIECE as u64),
+            };
             match source {
                 Source::Base => {}
                 Source::Zero => {
