@@ -53,7 +53,7 @@ pub(super) fn add(devices: &Devices, given: Value) -> Result<Value, Failure> {
     rule.check(device.num_queues).map_err(Failure::invalid_params)?;
     let full = || Failure::new(Failure::BUSY, format!("the device has {MAX_RULES} faults; remove some"));
     let id = device.add_fault(&rule)?.ok_or_else(full)?;
-    log::warn!("{}: fault {id} by an operator: {rule:?}", device.name);
+    log::warn!("{}: fault {id} by an operator: {}", device.name, json!(rule));
     Ok(json!({ "device": device.name, "id": id }))
 }
 
