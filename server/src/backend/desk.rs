@@ -139,3 +139,32 @@ impl<F> Drop for Queue<F> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use virtio::memory::PinnedBuffers;
+
+    use super::*;
+    use crate::backend::Op;
+
+    #[test]
+    fn what_was_not_begun_in_time_fails_once_the_queue_is_stopped() {
+        let ring = Rc::new(Uring::without_kernel(&Waker::new().unwrap()));
+        let mut queue = Queue::new(&ring, |io, desk| desk.receive(io, |_| Ok(())));
+        let flush = || Box::new(Io { token: 0, op: Op::Flush, buffers: PinnedBuffers::default() });
+        let results = |queue: &mut Queue<_>| {
+            queue.submit(flush()).unwrap();
+            let mut done = Vec::new();
+            queue.reap(&mut done);
+            done.pop().unwrap().result.map_err(|error| error.raw_os_error())
+        };
+        assert_eq!(results(&mut queue), Ok(()));
+        queue.stop();
+        let until = queue.desk.papers().until.unwrap();
+        assert_eq!(results(&mut queue), Ok(()), "there is some time left");
+        queue.stop();
+        assert_eq!(queue.desk.papers().until, Some(until), "it does not begin anew");
+        queue.desk.papers().until = Some(Instant::now());
+        assert_eq!(results(&mut queue), Err(Some(libc::EIO)));
+    }
+}

@@ -23,6 +23,9 @@ pub(super) struct Mood {
     left: AtomicUsize,
     /// How many have met one.
     failed: AtomicUsize,
+    /// How often its queues were hastened, and stopped.
+    hastened: AtomicUsize,
+    stopped: AtomicUsize,
 }
 
 impl Mood {
@@ -39,6 +42,11 @@ impl Mood {
 
     pub(super) fn failed(&self) -> usize {
         self.failed.load(Ordering::SeqCst)
+    }
+
+    /// How often its queues were hastened, and stopped.
+    pub(super) fn told(&self) -> (usize, usize) {
+        (self.hastened.load(Ordering::SeqCst), self.stopped.load(Ordering::SeqCst))
     }
 
     fn meet(&self) -> Option<io::Error> {
@@ -107,5 +115,13 @@ impl Backend for MoodyBackend {
 
     fn in_flight(&self) -> usize {
         self.inner.in_flight() + self.failed.len()
+    }
+
+    fn hasten(&mut self) {
+        self.mood.hastened.fetch_add(1, Ordering::SeqCst);
+    }
+
+    fn stop(&mut self) {
+        self.mood.stopped.fetch_add(1, Ordering::SeqCst);
     }
 }

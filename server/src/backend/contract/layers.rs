@@ -3,6 +3,7 @@
 use std::fs;
 use std::num::{NonZeroU16, NonZeroU64};
 use std::path::PathBuf;
+use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -13,6 +14,7 @@ use crate::backend::faults::{Fault, Faults, FaultyStore, Latency, Rule, When};
 use crate::backend::hold::{HoldStore, OnError};
 use crate::backend::limits::{Budget, LimitedStore, Limits, Rate};
 use crate::backend::memory::MemoryStore;
+use crate::backend::moody::Moody;
 use crate::backend::power_cut::PowerCutStore;
 use crate::backend::uring::{Uring, Waker};
 use crate::backend::{Store, image};
@@ -143,5 +145,34 @@ impl<const POWER_CUT: bool> KeepsBlocks for Before<POWER_CUT> {}
 impl<const POWER_CUT: bool> IsStable for Before<POWER_CUT> {
     fn stored(&self) -> Vec<u8> {
         fs::read(&self.path).unwrap()
+    }
+}
+
+/// A store below learns of what its queue is told, whatever stands before it.
+#[test]
+fn layers_pass_on_what_they_are_told() {
+    let rate = Some(Rate { per_second: NonZeroU64::MIN, burst: 1 });
+    let limits = Limits { operations: Budget { all: rate, ..Budget::default() }, ..Limits::default() };
+    let fabric =
+        Fabric { round_trip: Duration::from_secs(1), jitter: Duration::ZERO, bandwidth: None, credits: None, seed: 0 };
+    type Layer<'a> = Box<dyn Fn(Arc<dyn Store>) -> Box<dyn Store> + 'a>;
+    let layers: [(&str, Layer<'_>); 4] = [
+        ("limits", Box::new(|inner| Box::new(LimitedStore::new(inner, &limits)))),
+        ("fabric", Box::new(|inner| Box::new(DistantStore::new(inner, fabric)))),
+        ("hold", Box::new(|inner| Box::new(HoldStore::new(inner, OnError::Hold, "held")))),
+        (
+            "faults",
+            Box::new(|inner| Box::new(FaultyStore::new(inner, Faults::new(0, vec![Rule::always(Fault::Lost)])))),
+        ),
+    ];
+    for (name, layer) in layers {
+        let moody = Moody::new(4096);
+        let mood = Arc::clone(&moody.mood);
+        let ring = Rc::new(Uring::new(&Waker::new().unwrap()).unwrap());
+        let mut backend = layer(Arc::new(moody)).attach(&ring, 0).unwrap();
+        backend.hasten();
+        assert_eq!(mood.told(), (1, 0), "{name}");
+        backend.stop();
+        assert_eq!(mood.told(), (1, 1), "{name}");
     }
 }
