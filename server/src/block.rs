@@ -6,12 +6,12 @@ use std::sync::Arc;
 use std::{io, mem};
 
 use pci::Interrupt;
-use virtio::block::{InFlight, Limits, Operation, Pending, Request, SECTOR, SharedConfig, Status, parse};
+use virtio::block::{Limits, Operation, Request, SECTOR, SharedConfig, Status, parse};
 use virtio::memory::{GuestMemory, MappedPackedRing, MappedQueue, MappedRing, PinnedBuffers, RingMapError};
-use virtio::queue::{Armed, Head, PackedQueue, Popped, QueueState, Signal, SplitQueue, Virtqueue, Written};
+use virtio::queue::{Armed, Head, PackedQueue, QueueState, Signal, SplitQueue, Virtqueue, Written};
 
 use crate::backend::fabric::Fabric;
-use crate::backend::{Backend, Completion, Full, Io, Op, limits};
+use crate::backend::{Backend, Completion, Full, Io, Op, Origin, limits};
 use crate::device::{QueueParts, QueuePlace, QueueService, StartError};
 use crate::metrics::{DeviceMetrics, Kind, Meter};
 use crate::session::Events;
@@ -82,21 +82,23 @@ impl BlockService {
         let metrics = self.metrics.queue(index);
         Ok(Box::new(move |ring| {
             let backend = store.attach(ring, index)?;
+            let mut made = 0;
+            let batch = (0..BATCH).map(|_| another(&mut made)).collect();
             Ok(Box::new(BlockQueue {
                 index,
                 place,
                 queue: Ring::Mapped(queue),
                 in_order: features.in_order,
                 memory,
-                batch: Vec::with_capacity(BATCH),
+                batch,
                 limits: config.limits(),
                 config,
                 backend,
-                in_flight: InFlight::new(place.size.saturating_add(1)),
+                in_flight: 0,
                 stalled: VecDeque::new(),
                 completions: Vec::new(),
                 spare: Vec::new(),
-                made: 0,
+                made,
                 interrupt,
                 events,
                 accepting: true,
@@ -125,13 +127,15 @@ struct BlockQueue<Q: Virtqueue> {
     /// Whether the queue wants to know if all that may be written was.
     in_order: bool,
     memory: GuestMemory,
-    /// Requests that were taken off the ring just now.
-    batch: Vec<(Popped, Box<Io>)>,
+    /// What the next requests become: as many as are taken off the ring together.
+    #[expect(clippy::vec_box, reason = "the boxes go on to the store")]
+    batch: Vec<Box<Io>>,
     config: Arc<SharedConfig>,
     /// What requests are checked against: the driver's features do not change while there is a queue.
     limits: Limits,
     backend: Box<dyn Backend>,
-    in_flight: InFlight,
+    /// Requests that were taken and not given back.
+    in_flight: usize,
     /// Operations that the backend had no room for: the next to go.
     stalled: VecDeque<Box<Io>>,
     completions: Vec<Completion>,
@@ -166,80 +170,90 @@ impl<Q: Virtqueue<Memory: MappedQueue>> BlockQueue<Q> {
         };
         while left > 0 && self.accepting && self.stalled.is_empty() {
             let most = left.min(BATCH);
-            self.fill_batch(most);
-            if self.batch.is_empty() {
+            let taken = self.fill_batch(most);
+            if taken == 0 {
                 break;
             }
             round = Round::Progress;
             // Where there were fewer, the ring has no more for now.
-            left = if self.batch.len() < most { 0 } else { left.saturating_sub(most) };
+            left = if taken < most { 0 } else { left.saturating_sub(most) };
             self.meter.taken();
-            self.resolve_batch();
-            self.start_batch();
+            let resolved = self.resolve_batch(taken);
+            self.start_batch(resolved);
         }
         round
     }
 
-    /// Starts what was taken off the ring.
+    /// Takes some requests off the ring, `most` of them, and asks for the memory that will be looked at first: that of all
+    /// of them is on its way at the same time. Says how many there were.
     #[inline(never)]
-    fn start_batch(&mut self) {
+    fn fill_batch(&mut self, most: usize) -> usize {
+        let Ring::Mapped(queue) = &mut self.queue else { return 0 };
+        let mut taken: usize = 0;
+        for io in self.batch.get_mut(..most).unwrap_or_default() {
+            match queue.pop(&mut self.memory, &mut io.buffers) {
+                Ok(Some(head)) => io.origin.head = Some(head),
+                Ok(None) => break,
+                Err(error) => {
+                    self.fault(&error);
+                    break;
+                }
+            }
+            taken = taken.wrapping_add(1);
+        }
+        taken
+    }
+
+    /// Finds the buffers of the requests that were taken, as far as they are not known, and asks for their memory. Says of how
+    /// many.
+    #[inline(never)]
+    fn resolve_batch(&mut self, taken: usize) -> usize {
+        let Ring::Mapped(queue) = &mut self.queue else { return 0 };
+        let mut resolved: usize = 0;
+        for io in self.batch.get_mut(..taken).unwrap_or_default() {
+            let Some(head) = &io.origin.head else { break };
+            if let Err(error) = queue.resolve(head, &mut self.memory, &mut io.buffers) {
+                self.fault(&error);
+                break;
+            }
+            resolved = resolved.wrapping_add(1);
+        }
+        resolved
+    }
+
+    /// Starts the first requests that were taken off the ring.
+    #[inline(never)]
+    fn start_batch(&mut self, resolved: usize) {
         self.limits.capacity = self.config.capacity();
         let mut batch = mem::take(&mut self.batch);
-        for (popped, io) in batch.drain(..) {
-            if let Some(head) = popped.resolved() {
-                self.start(head, io);
-            }
+        for io in batch.get_mut(..resolved).unwrap_or_default() {
+            self.start(io);
         }
         self.batch = batch;
+        self.meter.performed_all();
     }
 
-    /// Takes some requests off the ring, `most` of them, and asks for the memory that will be looked at first: that of all
-    /// of them is on its way at the same time.
-    #[inline(never)]
-    fn fill_batch(&mut self, most: usize) {
-        let Ring::Mapped(queue) = &mut self.queue else { return };
-        for _ in 0..most {
-            let mut io = self.spare.pop().unwrap_or_else(|| another(&mut self.made));
-            match queue.pop(&mut self.memory, &mut io.buffers) {
-                Ok(Some(popped)) => self.batch.push((popped, io)),
-                Ok(None) => return self.spare.push(io),
-                Err(error) => return self.fault(&error),
-            }
-        }
-    }
-
-    /// Finds the buffers of the requests that were taken, as far as they are not known, and asks for their memory.
-    #[inline(never)]
-    fn resolve_batch(&mut self) {
-        let Ring::Mapped(queue) = &mut self.queue else { return };
-        for (popped, io) in &mut self.batch {
-            if let Err(error) = queue.resolve(popped, &mut self.memory, &mut io.buffers) {
-                return self.fault(&error);
-            }
-        }
-    }
-
-    #[inline]
-    fn start(&mut self, head: Head, mut io: Box<Io>) {
+    #[inline(always)]
+    fn start(&mut self, io: &mut Box<Io>) {
         match parse(&mut io.buffers, &self.limits) {
             Ok(Request::Store { operation: Operation::Read { sector }, written }) => {
                 io.op = Op::Read { offset: sector * SECTOR };
-                self.submit(head, io, written);
+                self.perform(io, written);
             }
             Ok(Request::Store { operation, written }) => {
                 io.op = self.change(operation);
-                self.submit(head, io, written);
+                self.perform(io, written);
             }
-            Ok(Request::Done { status, written }) => self.answer(head, io, status, written),
+            Ok(Request::Done { status, written }) => self.answer(io, status, written),
             Err(error) => self.fault(&error),
         }
     }
 
     /// Gives back a request that has not come to the store.
     #[cold]
-    fn answer(&mut self, head: Head, io: Box<Io>, status: Status, written: u32) {
+    fn answer(&mut self, io: &mut Io, status: Status, written: u32) {
         self.meter.submitted(Kind::Other, 0);
-        self.finish(head, io, status, Written::First(written));
+        self.finish(io, status, Written::First(written));
     }
 
     /// What an operation that is no read is to the store.
@@ -257,11 +271,24 @@ impl<Q: Virtqueue<Memory: MappedQueue>> BlockQueue<Q> {
         }
     }
 
+    /// Has the backend do an operation at once, if it does such things, and gives it back; hands it over otherwise.
+    #[inline(always)]
+    fn perform(&mut self, io: &mut Box<Io>, written: u32) {
+        let since = self.meter.submitted(kind(io.op), io.buffers.len());
+        if let Some(result) = self.backend.perform(io) {
+            self.meter.performed();
+            return self.complete(io, result, written);
+        }
+        io.origin.since = since;
+        io.origin.written = written;
+        let next = self.spare.pop().unwrap_or_else(|| another(&mut self.made));
+        self.submit(mem::replace(io, next));
+    }
+
     /// Hands an operation to the backend, or has it wait for room there, behind those that wait already.
     #[inline(always)]
-    fn submit(&mut self, head: Head, io: Box<Io>, written: u32) {
-        let since = self.meter.submitted(kind(io.op), io.buffers.len());
-        self.in_flight.insert(io.token, Pending { head, written, since });
+    fn submit(&mut self, io: Box<Io>) {
+        self.in_flight = self.in_flight.wrapping_add(1);
         if !self.stalled.is_empty() {
             self.stalled.push_back(io);
         } else if let Err(Full(io)) = self.backend.submit(io) {
@@ -293,32 +320,44 @@ impl<Q: Virtqueue<Memory: MappedQueue>> BlockQueue<Q> {
     #[inline(never)]
     fn complete_all(&mut self) {
         let mut completions = mem::take(&mut self.completions);
-        for Completion { io, result } in completions.drain(..) {
-            let Some(pending) = self.in_flight.remove(io.token) else { continue };
-            self.meter.completed(pending.since);
-            let (status, written) = match result {
-                Ok(()) if self.in_order => (Status::Ok, success(&io, pending.written)),
-                Ok(()) => (Status::Ok, pending.written.into()),
-                Err(error) => {
-                    self.meter.failed(&error);
-                    // Not the storage's doing: the client's memory is not there.
-                    if error.raw_os_error() == Some(libc::EFAULT) {
-                        self.events.memory_lost();
-                    }
-                    failure(&error, &io, pending.written)
-                }
-            };
-            self.finish(pending.head, io, status, written);
+        for Completion { mut io, result } in completions.drain(..) {
+            self.in_flight = self.in_flight.wrapping_sub(1);
+            let Origin { written, since, .. } = io.origin;
+            self.meter.completed(since);
+            self.complete(&mut io, result, written);
+            self.spare.push(io);
         }
         self.completions = completions;
         self.meter.completed_all();
     }
 
+    /// Gives one back.
     #[inline(always)]
-    fn finish(&mut self, head: Head, mut io: Box<Io>, status: Status, written: Written) {
+    fn complete(&mut self, io: &mut Io, result: io::Result<()>, written: u32) {
+        let (status, written) = match result {
+            Ok(()) if self.in_order => (Status::Ok, success(io, written)),
+            Ok(()) => (Status::Ok, written.into()),
+            Err(error) => self.failed(&error, io, written),
+        };
+        self.finish(io, status, written);
+    }
+
+    /// What the driver is told of a request that the store failed.
+    #[cold]
+    fn failed(&mut self, error: &io::Error, io: &Io, written: u32) -> (Status, Written) {
+        self.meter.failed(error);
+        // Not the storage's doing: the client's memory is not there.
+        if error.raw_os_error() == Some(libc::EFAULT) {
+            self.events.memory_lost();
+        }
+        failure(error, io, written)
+    }
+
+    #[inline(always)]
+    fn finish(&mut self, io: &mut Io, status: Status, written: Written) {
         io.buffers.write_trailer(status as u8);
         io.buffers.recycle(&self.memory);
-        self.spare.push(io);
+        let Some(head) = io.origin.head.take() else { return };
         if let Ring::Mapped(queue) = &mut self.queue {
             queue.complete(head, written);
         } else if let Ring::Lost(_, completed) = &mut self.queue {
@@ -329,7 +368,7 @@ impl<Q: Virtqueue<Memory: MappedQueue>> BlockQueue<Q> {
     /// The ring in guest memory as it is now.
     fn map_ring(&mut self) -> Result<Q::Memory, RingMapError> {
         self.memory.refresh();
-        self.spare.iter_mut().for_each(|io| io.buffers.clear());
+        self.spare.iter_mut().chain(&mut self.batch).for_each(|io| io.buffers.clear());
         Q::Memory::map(&mut self.memory, self.place.addresses, self.place.size)
     }
 
@@ -345,7 +384,7 @@ impl<Q: Virtqueue<Memory: MappedQueue>> BlockQueue<Q> {
 fn another(made: &mut u16) -> Box<Io> {
     let token = *made;
     *made = token.wrapping_add(1);
-    Box::new(Io { token, op: Op::Flush, buffers: PinnedBuffers::default() })
+    Box::new(Io::new(token, Op::Flush, PinnedBuffers::default()))
 }
 
 /// What an operation counts as.
@@ -381,7 +420,7 @@ impl<Q: Virtqueue<Memory: MappedQueue>> QueueTask for BlockQueue<Q> {
         let taken = self.take_requests(share);
         let given = self.give_back();
         let round = if taken == Round::Progress { taken } else { given };
-        self.meter.polled(round == Round::Progress, self.in_flight.len());
+        self.meter.polled(round == Round::Progress, self.in_flight);
         round
     }
 
@@ -437,7 +476,7 @@ impl<Q: Virtqueue<Memory: MappedQueue>> QueueTask for BlockQueue<Q> {
     }
 
     fn in_flight(&self) -> usize {
-        self.in_flight.len()
+        self.in_flight
     }
 
     fn is_dormant(&self) -> bool {

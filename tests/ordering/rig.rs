@@ -86,8 +86,10 @@ pub(crate) fn pop<Q: Virtqueue>(
     memory: &mut GuestMemory,
     buffers: &mut PinnedBuffers,
 ) -> Result<Option<Head>, QueueError> {
-    buffers.clear();
-    let Some(mut popped) = queue.pop(memory, buffers)? else { return Ok(None) };
-    queue.resolve(&mut popped, memory, buffers)?;
-    Ok(popped.resolved())
+    buffers.recycle(memory);
+    let head = queue.pop(memory, buffers)?;
+    if let Some(head) = &head {
+        queue.resolve(head, memory, buffers)?;
+    }
+    Ok(head)
 }

@@ -179,8 +179,8 @@ impl Pair {
             pieces.iter().map(|piece| (place(piece), piece.iov_len as u32, write)).collect()
         };
         let theirs: Vec<_> = chain.map(|buffer| (buffer.addr().0, buffer.len(), buffer.is_write_only())).collect();
-        let (readable, writable) = self.buffers.pieces();
-        assert_eq!([ours(readable, false), ours(writable, true)].concat(), theirs);
+        let [readable, writable] = self.buffers.pieces();
+        assert_eq!([ours(&readable, false), ours(&writable, true)].concat(), theirs);
         self.in_flight.push(head);
         if std::mem::take(&mut self.armed) {
             self.theirs.queue.disable_notification(&self.theirs.memory).unwrap();

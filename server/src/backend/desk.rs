@@ -151,7 +151,7 @@ mod tests {
     fn what_was_not_begun_in_time_fails_once_the_queue_is_stopped() {
         let ring = Rc::new(Uring::without_kernel(&Waker::new().unwrap()));
         let mut queue = Queue::new(&ring, |io, desk| desk.receive(io, |_| Ok(())));
-        let flush = || Box::new(Io { token: 0, op: Op::Flush, buffers: PinnedBuffers::default() });
+        let flush = || Box::new(Io::new(0, Op::Flush, PinnedBuffers::default()));
         let results = |queue: &mut Queue<_>| {
             queue.submit(flush()).unwrap();
             let mut done = Vec::new();

@@ -42,6 +42,10 @@ impl<S: Execute> Backend for Immediate<S> {
         Ok(())
     }
 
+    fn perform(&mut self, io: &Io) -> Option<io::Result<()>> {
+        Some(self.store.execute(io))
+    }
+
     fn reap(&mut self, done: &mut Vec<Completion>) {
         if done.is_empty() {
             std::mem::swap(done, &mut self.done);

@@ -14,7 +14,8 @@
 //!   and do not end the sleep.
 //!
 //! The backend guarantees that
-//! - each [`Io`] that it took comes back once, in one [`Completion`], by its own token, in any order, with its buffers;
+//! - each [`Io`] that it took comes back once, in one [`Completion`], by its own token, in any order, in the same box with its
+//!   buffers;
 //! - buffers and what they pin stay alive until the store is done with them, also when the backend is dropped before;
 //! - a completed read has filled all of its buffers; a completed write is seen by every read submitted after it;
 //! - a completed [`Op::Flush`] has put every write that was completed before it was submitted on stable storage, as has
@@ -49,6 +50,7 @@ use std::io;
 use std::rc::Rc;
 
 use virtio::memory::PinnedBuffers;
+use virtio::queue::Head;
 
 use uring::Uring;
 
@@ -121,6 +123,26 @@ pub struct Io {
     pub op: Op,
     /// From where or to where; empty but for reads and writes.
     pub buffers: PinnedBuffers,
+    /// What it is for.
+    pub(crate) origin: Origin,
+}
+
+impl Io {
+    /// An operation that is for nobody but who hands it on.
+    pub fn new(token: u16, op: Op, buffers: PinnedBuffers) -> Self {
+        Self { token, op, buffers, origin: Origin::default() }
+    }
+}
+
+/// The request that an operation is for. Its maker finds that here again when the operation comes back; nobody else looks.
+#[derive(Debug, Default)]
+pub(crate) struct Origin {
+    /// Its place in the queue.
+    pub(crate) head: Option<Head>,
+    /// Bytes to report as written if it succeeds.
+    pub(crate) written: u32,
+    /// When it was taken, by the clock of the queue's meter.
+    pub(crate) since: u64,
 }
 
 /// The end of an [`Io`].
@@ -185,6 +207,12 @@ pub trait Backend {
     /// # Errors
     /// The operation itself, if there is no room for it now.
     fn submit(&mut self, io: Box<Io>) -> Result<(), Full>;
+
+    /// Does an operation at once, where that takes no longer than to take it, and says how it went: there is no [`Completion`]
+    /// of it. `None` if it is to be [submitted](Self::submit).
+    fn perform(&mut self, _: &Io) -> Option<io::Result<()>> {
+        None
+    }
 
     /// Adds what has completed to `done`.
     fn reap(&mut self, done: &mut Vec<Completion>);

@@ -93,7 +93,7 @@ mod tests {
         let mut guest = Guest::new();
         let buffers = guest.buffers(&[(0, 512)]);
         buffers.fill(7);
-        Nothing.execute(&Io { token: 0, op: Op::Read { offset: 0 }, buffers }).unwrap();
+        Nothing.execute(&Io::new(0, Op::Read { offset: 0 }, buffers)).unwrap();
         let mut bytes = [0; 512];
         guest.buffers(&[(0, 512)]).copy_to_slice(0, &mut bytes);
         assert_eq!(bytes, [7; 512]);

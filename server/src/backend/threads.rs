@@ -114,7 +114,7 @@ impl<S: Execute> Shared<S> {
             match job {
                 Job::Do(io, desk) => desk.receive(io, |io| self.execute(io)),
                 Job::Flush(done) => {
-                    let flush = Io { token: 0, op: Op::Flush, buffers: PinnedBuffers::default() };
+                    let flush = Io::new(0, Op::Flush, PinnedBuffers::default());
                     // Who asked has gone.
                     let _ = done.send(self.execute(&flush));
                 }
@@ -180,7 +180,7 @@ mod tests {
     }
 
     fn read(guest: &mut Guest, token: u16) -> Box<Io> {
-        Box::new(Io { token, op: Op::Read { offset: 0 }, buffers: guest.buffers(&[(u64::from(token) * 512, 512)]) })
+        Box::new(Io::new(token, Op::Read { offset: 0 }, guest.buffers(&[(u64::from(token) * 512, 512)])))
     }
 
     fn wait(ring: &Uring, backend: &mut dyn Backend) -> Vec<Completion> {

@@ -25,6 +25,8 @@ pub(crate) struct Meter {
     taken: u64,
     reaped: u64,
     kicked: Option<u64>,
+    /// Requests of the last batch that were done at once.
+    performed: u64,
     /// Completions in a row that were taken at the same time, which are recorded together.
     alike: u64,
     alike_since: u64,
@@ -40,6 +42,7 @@ impl Meter {
             taken: 0,
             reaped: 0,
             kicked: None,
+            performed: 0,
             alike: 0,
             alike_since: 0,
         }
@@ -57,6 +60,7 @@ impl Meter {
     pub(crate) fn taken(&mut self) {
         self.batches = self.batches.wrapping_add(1);
         self.taken = 0;
+        self.reaped = 0;
         if self.batches <= TIMED || self.batches.is_multiple_of(ONE_IN) {
             self.time_batch();
         }
@@ -83,6 +87,27 @@ impl Meter {
             count.add(1);
         }
         self.taken
+    }
+
+    /// One of them was done at once.
+    #[inline(always)]
+    pub(crate) fn performed(&mut self) {
+        self.performed = self.performed.wrapping_add(1);
+    }
+
+    /// That was all of the batch: those that were done at once are, if it is timed.
+    #[inline(always)]
+    pub(crate) fn performed_all(&mut self) {
+        let times = std::mem::take(&mut self.performed);
+        if times > 0 && self.taken != 0 {
+            self.time_performed(times);
+        }
+    }
+
+    #[inline(never)]
+    fn time_performed(&mut self, times: u64) {
+        self.reaped = self.clock.raw();
+        self.record(Stage::SubmitToReap, self.taken, self.reaped, times);
     }
 
     /// Completions are there: the clock is read once for all of them, for the first that is timed.
@@ -206,8 +231,22 @@ mod tests {
         assert_eq!((now.interrupts_sent, now.interrupts_suppressed), (1, 1));
         assert_eq!((now.polls_with_work, now.polls_in_vain, now.in_flight), (2, 1, 0));
         let counts = |stage: Stage| metrics.stages[stage as usize].read().map(|(_, count)| count).sum::<u64>();
-        let all = [Stage::KickToSubmit, Stage::SubmitToReap, Stage::ReapToInterrupt].map(counts);
-        assert_eq!(all, [1, 4, 1]);
+        let all = || [Stage::KickToSubmit, Stage::SubmitToReap, Stage::ReapToInterrupt].map(counts);
+        assert_eq!(all(), [1, 4, 1]);
+        // Done at once.
+        meter.taken();
+        for _ in 0..3 {
+            meter.submitted(Kind::Read, 1);
+            meter.performed();
+        }
+        meter.performed_all();
+        meter.published(Signal::Needed);
+        assert_eq!(all(), [1, 7, 2]);
+        // And not counted again.
+        meter.taken();
+        meter.performed_all();
+        meter.published(Signal::Needed);
+        assert_eq!(all(), [1, 7, 2]);
         assert_eq!(now.since(&now).reads, 0);
     }
 

@@ -357,7 +357,7 @@ mod tests {
                 self.inbox.push(Command::Exit);
             }
             let buffers = self.guest.buffers(&[(0, 4096)]);
-            let read = Io { token: 0, op: Op::Read { offset: 0 }, buffers };
+            let read = Io::new(0, Op::Read { offset: 0 }, buffers);
             assert!(self.backend.submit(Box::new(read)).is_ok());
             Round::Progress
         }

@@ -125,13 +125,13 @@ type Piece = (u64, u64, bool);
 
 /// What must hold of the buffers of every chain; gives their places in the file.
 fn check(buffers: &PinnedBuffers, size: u16) -> Vec<Piece> {
-    let (readable, writable) = buffers.pieces();
+    let [readable, writable] = buffers.pieces();
     let all = readable.len() + writable.len();
     assert!(all <= RANGES.len() * usize::from(MAX_DESCRIPTORS + size), "{all} pieces");
     let mut pieces = Vec::new();
     for (iovecs, write) in [(readable, false), (writable, true)] {
         for iovec in iovecs {
-            let start = WORLD.file.offset_of(iovec).expect("a piece of guest memory");
+            let start = WORLD.file.offset_of(&iovec).expect("a piece of guest memory");
             assert!(iovec.iov_len > 0, "an empty piece");
             add(&mut pieces, (start, start + iovec.iov_len as u64, write));
         }
@@ -196,8 +196,8 @@ fn split_in_memory(input: &mut Unstructured<'_>) -> Result<()> {
 
     for _ in 0..=size {
         let mut buffers = PinnedBuffers::default();
-        let mut popped = match ours.pop(&mut memory, &mut buffers) {
-            Ok(Some(popped)) => popped,
+        let head = match ours.pop(&mut memory, &mut buffers) {
+            Ok(Some(head)) => head,
             Ok(None) => {
                 assert!(theirs.pop_descriptor_chain(&WORLD.theirs).is_none());
                 return Ok(());
@@ -206,10 +206,9 @@ fn split_in_memory(input: &mut Unstructured<'_>) -> Result<()> {
             Err(_) => return Ok(()),
         };
         let seen = theirs.pop_descriptor_chain(&WORLD.theirs).expect("they see a head too");
-        if ours.resolve(&mut popped, &mut memory, &mut buffers).is_err() {
+        if ours.resolve(&head, &mut memory, &mut buffers).is_err() {
             return Ok(());
         }
-        let head = popped.resolved().expect("it was resolved");
         assert_eq!(head.id(), seen.head_index());
         let mut pieces = Vec::new();
         for buffer in seen {
@@ -476,24 +475,24 @@ where
     let mut queue = Q::new(Ring(ring), features, state);
     let mut in_flight: Vec<Head> = Vec::new();
     let mut unpublished = 0;
+    let mut buffers = PinnedBuffers::default();
     while !input.is_empty() {
         match Step::arbitrary(input)? {
             Step::Pop => {
                 ring.borrow_mut().descriptor_reads = 0;
                 let before = queue.state().next_avail;
-                let mut buffers = PinnedBuffers::default();
+                buffers.recycle(&memory);
                 let result = queue.pop(&mut memory, &mut buffers);
                 // One more shows that there are too many.
                 let reads = ring.borrow().descriptor_reads;
                 assert!(reads <= u32::from(SIZE) + 1, "{reads} reads of {SIZE} descriptors");
                 match result {
-                    Ok(Some(mut request)) => {
+                    Ok(Some(head)) => {
                         assert_ne!(queue.state().next_avail, before, "the same is taken again");
-                        if queue.resolve(&mut request, &mut memory, &mut buffers).is_err() {
+                        if queue.resolve(&head, &mut memory, &mut buffers).is_err() {
                             break;
                         }
                         check(&buffers, SIZE);
-                        let head = request.resolved().expect("it was resolved");
                         let twice = in_flight.iter().any(|other| other.id() == head.id());
                         assert!(!ids_are_heads || head.id() < SIZE && !twice, "{head:?} twice");
                         in_flight.push(head);

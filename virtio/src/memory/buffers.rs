@@ -1,6 +1,7 @@
 //! The scatter list of one request.
 
 use std::fmt;
+use std::num::NonZeroU16;
 use std::ops::Range;
 use std::ptr::NonNull;
 use std::sync::Arc;
@@ -29,17 +30,29 @@ pub struct PinnedBuffers {
     data: Range<usize>,
     /// Bytes of the data.
     len: u64,
+    /// Bytes apart from the list, 16 of them, not read yet: a frame's.
+    header: Option<NonNull<u8>>,
     /// A byte apart from the list, written when the request ends.
     trailer: Option<NonNull<u8>>,
+    /// Where further pieces are told of, which are not in the list yet.
+    rest: Option<Rest>,
     /// The mapping of the first piece: for nearly all requests that of all others too.
     pin: Option<Arc<Mapping>>,
     /// The mappings of the others, without repeating the one before.
     more_pins: Vec<Arc<Mapping>>,
 }
 
+/// Records of 16 bytes that are to be read yet.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Rest {
+    pub(crate) iova: u64,
+    pub(crate) records: NonZeroU16,
+}
+
 impl Default for PinnedBuffers {
     fn default() -> Self {
-        Self { iovecs: Vec::new(), readable: 0, data: 0..0, len: 0, trailer: None, pin: None, more_pins: Vec::new() }
+        let (iovecs, more_pins) = (Vec::new(), Vec::new());
+        Self { iovecs, readable: 0, data: 0..0, len: 0, header: None, trailer: None, rest: None, pin: None, more_pins }
     }
 }
 
@@ -68,7 +81,19 @@ impl PinnedBuffers {
     /// Whether there is a byte that the device may write besides the trailer.
     #[inline]
     pub fn has_writable_data(&self) -> bool {
-        !matches!(self.pieces().1, [] | [libc::iovec { iov_len: 0, .. }])
+        !matches!(self.iovecs.get(self.readable..), None | Some([] | [libc::iovec { iov_len: 0, .. }]))
+    }
+
+    /// Notes where the rest is told of.
+    #[inline(always)]
+    pub(crate) fn set_rest(&mut self, rest: Rest) {
+        self.rest = Some(rest);
+    }
+
+    /// Where the rest is told of, for whoever reads that now.
+    #[inline(always)]
+    pub(crate) fn take_rest(&mut self) -> Option<Rest> {
+        self.rest.take()
     }
 
     /// Whether there are `most` pieces.
@@ -90,7 +115,7 @@ impl PinnedBuffers {
     pub fn recycle(&mut self, memory: &GuestMemory) {
         self.forget_pieces();
         if !same(self.pin.as_ref(), memory.last()) {
-            self.pin = None;
+            self.let_go();
         }
     }
 
@@ -100,31 +125,35 @@ impl PinnedBuffers {
         self.readable = 0;
         self.data = 0..0;
         self.len = 0;
+        self.header = None;
         self.trailer = None;
+        self.rest = None;
         if !self.more_pins.is_empty() {
-            self.more_pins.clear();
+            self.let_go_of_more();
         }
     }
 
-    /// [`take_header`](Self::take_header) and [`take_trailer`](Self::take_trailer) in one, for a request of three pieces of which
-    /// the outer ones are just these: nearly all are made so. The piece between is the data then, as it is when the writable
-    /// or the readable pieces are chosen, whichever it belongs to: says also whether it is writable. `None` if the pieces lie
-    /// otherwise; nothing has been read or taken then.
+    #[cold]
+    #[inline(never)]
+    fn let_go_of_more(&mut self) {
+        self.more_pins.clear();
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn let_go(&mut self) {
+        self.pin = None;
+    }
+
+    /// What [`take_header`](Self::take_header) takes, for a frame: with its trailer set apart, and the piece between as the data,
+    /// as it is when the writable or the readable pieces are chosen, whichever it belongs to: says also whether it is writable.
+    /// `None` if these buffers are none; nothing has been read or taken then.
     #[inline(always)]
     pub(crate) fn take_frame(&mut self) -> Option<([u64; 2], bool)> {
-        let [first, data, last] = self.iovecs.as_mut_slice() else { return None };
-        let writable = self.readable == 1;
-        if first.iov_len != 16 || last.iov_len != 1 || !(writable || self.readable == 2) {
-            return None;
-        }
-        // SAFETY: the piece is mapped for reading, and has these bytes; any are a valid array.
-        let words = unsafe { first.iov_base.cast::<Unaligned<[u64; 2]>>().read_volatile() };
-        first.iov_len = 0;
-        last.iov_len = 0;
-        self.trailer = NonNull::new(last.iov_base.cast());
-        self.data = 1..2;
-        self.len = data.iov_len as u64;
-        Some((words.0.map(u64::from_le), writable))
+        let header = self.header.take()?;
+        // SAFETY: these bytes are mapped for reading, as `push_frame` was told; any are a valid array.
+        let words = unsafe { header.cast::<Unaligned<[u64; 2]>>().read_volatile() };
+        Some((words.0.map(u64::from_le), self.readable == 0))
     }
 
     /// Takes the first 16 readable bytes off, and returns a copy, read once, as the two little-endian words that they
@@ -242,8 +271,13 @@ impl PinnedBuffers {
     }
 
     /// All pieces, data or not: those that the device reads, and those that it writes.
-    pub fn pieces(&self) -> (&[libc::iovec], &[libc::iovec]) {
-        self.iovecs.split_at_checked(self.readable).unwrap_or_default()
+    pub fn pieces(&self) -> [Vec<libc::iovec>; 2] {
+        let apart = |place: Option<NonNull<u8>>, iov_len| {
+            place.map(|place| libc::iovec { iov_base: place.as_ptr().cast(), iov_len }).into_iter()
+        };
+        let (readable, writable) = self.iovecs.split_at_checked(self.readable).unwrap_or_default();
+        let readable = apart(self.header, 16).chain(readable.iter().copied());
+        [readable.collect(), writable.iter().copied().chain(apart(self.trailer, 1)).collect()]
     }
 
     /// The pieces of the data, for a system call; valid while `self` lives and is not changed.
@@ -378,32 +412,26 @@ impl PinnedBuffers {
         }
     }
 
-    /// Adds three pieces where there are none: the first is to be read, the last written.
+    /// Makes a frame of buffers without a piece: 16 bytes to read, the data, and a byte to write.
     ///
     /// # Safety
     /// As for [`push`](Self::push), for each of the three.
     #[inline(always)]
-    pub(super) unsafe fn push_frame(&mut self, pieces: [(*mut u8, usize); 3], data_writable: bool) {
-        if self.iovecs.capacity() < pieces.len() {
-            self.iovecs.reserve(pieces.len());
-        }
-        let pieces = pieces.map(|(host, len)| libc::iovec { iov_base: host.cast(), iov_len: len });
-        // SAFETY: there is room for three, which are there then. To append to a list of any length takes more instructions.
-        unsafe {
-            self.iovecs.as_mut_ptr().cast::<[libc::iovec; 3]>().write(pieces);
-            self.iovecs.set_len(3);
-        }
-        self.readable = if data_writable { 1 } else { 2 };
+    pub(super) unsafe fn push_frame(&mut self, header: *mut u8, data: (*mut u8, usize), trailer: *mut u8, write: bool) {
+        self.iovecs.push(libc::iovec { iov_base: data.0.cast(), iov_len: data.1 });
+        self.readable = usize::from(!write);
+        self.data = 0..1;
+        self.len = data.1 as u64;
+        self.header = NonNull::new(header);
+        self.trailer = NonNull::new(trailer);
     }
 
-    /// [`begin`](Self::begin), if there are no pieces yet; says whether that is so.
+    /// Whether a piece in `mapping` can be added with no more than its address: there is room for one, no piece, and the mapping
+    /// is pinned.
     #[inline(always)]
-    pub(super) fn begin_empty(&mut self, mapping: Option<&Arc<Mapping>>) -> bool {
-        let empty = self.iovecs.is_empty();
-        if empty {
-            self.begin(mapping);
-        }
-        empty
+    pub(super) fn are_ready(&self, mapping: Option<&Arc<Mapping>>) -> bool {
+        let is_pinned = mapping.is_some_and(|mapping| self.pin.as_ref().is_some_and(|pin| Arc::ptr_eq(pin, mapping)));
+        is_pinned && self.iovecs.is_empty() && self.iovecs.capacity() > 0
     }
 
     /// Keeps `mapping`, in which the next piece most likely lies, for as long as the pieces. What [`recycle`](Self::recycle)

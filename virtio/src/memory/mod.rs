@@ -26,13 +26,14 @@ mod view;
 
 pub use area::{MappedQueue, RingAddresses, RingMapError};
 pub use buffers::PinnedBuffers;
+pub(crate) use buffers::Rest;
 pub use fault::{Loss, outlive_lost_memory};
 pub use file::{FileIdentity, MemoryFile, MemoryFileError, is_plain_memory};
 pub use mapping::{Access, Mapping, MappingError, Release};
 pub use packed_ring_memory::MappedPackedRing;
 pub use ring_memory::MappedRing;
 pub use table::{IovaTable, OverlapError, SharedTable, UnmapError};
-pub(crate) use view::Pinning;
+pub(crate) use view::{Bits, FrameRecords, Pinning};
 pub use view::{GuestMemory, Unmapped};
 
 #[cfg(test)]

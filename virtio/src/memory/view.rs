@@ -62,6 +62,10 @@ struct Window {
     readable: u64,
     /// Bytes that may be written: all or none.
     writable: u64,
+    /// Bytes at which the three records of a frame may begin, to be read.
+    frames: u64,
+    /// Bytes at which a frame's header may begin.
+    headers: u64,
 }
 
 // SAFETY: the pointer leads to memory that the mapping in `last`, which goes where the window goes, keeps mapped on any
@@ -69,7 +73,7 @@ struct Window {
 unsafe impl Send for Window {}
 
 impl Window {
-    const NONE: Self = Self { iova: 0, host: std::ptr::null_mut(), readable: 0, writable: 0 };
+    const NONE: Self = Self { iova: 0, host: std::ptr::null_mut(), readable: 0, writable: 0, frames: 0, headers: 0 };
 
     /// All of `mapping`.
     fn of(mapping: &Mapping) -> Self {
@@ -77,7 +81,10 @@ impl Window {
         let (readable, writable) = (bytes(Access::READ), bytes(Access::WRITE));
         let host = readable.or(writable).map_or(std::ptr::null_mut(), |(host, _)| host);
         let len = |bytes: Option<(_, u64)>| bytes.map_or(0, |(_, len)| len);
-        Self { iova: mapping.iova(), host, readable: len(readable), writable: len(writable) }
+        let (readable, writable) = (len(readable), len(writable));
+        let begins = |piece: u64| readable.saturating_sub(piece.wrapping_sub(1)); // a piece has a byte
+        let (frames, headers) = (begins(size_of::<[Record; 3]>() as u64), begins(HEADER_LEN.into()));
+        Self { iova: mapping.iova(), host, readable, writable, frames, headers }
     }
 
     /// Host address of `iova` and how many bytes follow there for reading, or for writing.
@@ -88,11 +95,20 @@ impl Window {
         (offset < len).then(|| (self.host.wrapping_add(offset as usize), len.wrapping_sub(offset)))
     }
 
-    /// Host address of `iova` if `len` bytes, at least one, follow there for reading, or for writing.
+    /// Host address of `iova` if `len` bytes, at least one, follow there for reading.
     #[inline(always)]
-    fn bytes(&self, iova: u64, len: u32, write: bool) -> Option<*mut u8> {
-        let (host, left) = self.host(iova, write)?;
-        (u64::from(len).wrapping_sub(1) < left).then_some(host)
+    fn bytes(&self, iova: u64, len: u32) -> Option<*mut u8> {
+        let offset = iova.wrapping_sub(self.iova);
+        // Of no byte the last is none either: it lies beyond any mapping, or before this one.
+        let last = offset.checked_add(u64::from(len).wrapping_sub(1))?;
+        (last < self.readable).then(|| self.host.wrapping_add(offset as usize))
+    }
+
+    /// Host address of `iova` if it lies among the first `begins` bytes.
+    #[inline(always)]
+    fn fixed(&self, iova: u64, begins: u64) -> Option<*mut u8> {
+        let offset = iova.wrapping_sub(self.iova);
+        (offset < begins).then(|| self.host.wrapping_add(offset as usize))
     }
 }
 
@@ -173,8 +189,38 @@ pub(super) struct Unaligned<T>(pub(super) T);
 #[repr(C, packed)]
 struct Record {
     iova: u64,
-    len: u32,
-    rest: u32,
+    /// The length, then a word that says what it is.
+    rest: u64,
+}
+
+/// Bytes of a frame's first piece.
+const HEADER_LEN: u32 = 16;
+
+/// How the three records that tell of a frame are made: their last words.
+pub(crate) trait FrameRecords {
+    /// Of the piece that is read first.
+    const HEADER: Bits;
+    /// Of the data.
+    const DATA: Bits;
+    /// The bit that says of the data that it is to be written.
+    const WRITE: u32;
+    /// Of the piece that is written last.
+    const TRAILER: Bits;
+}
+
+/// A word as far as it matters.
+pub(crate) struct Bits {
+    /// The bits that matter.
+    pub(crate) mask: u32,
+    /// What they are.
+    pub(crate) value: u32,
+}
+
+impl Bits {
+    #[inline(always)]
+    fn is(&self, word: u32) -> bool {
+        word & self.mask == self.value
+    }
 }
 
 impl GuestMemory {
@@ -276,44 +322,49 @@ impl GuestMemory {
         Ok(())
     }
 
-    /// Makes of empty `buffers` what the three records of 16 bytes at `iova` tell of: a piece to read, the data, and a piece to write,
-    /// as nearly all requests are made. `writable` gets the place of a record among the three and the word behind address and
-    /// length, and says whether its piece is to be written, or `None` if the record is none for this way. The processor is asked to
-    /// have the outer pieces at hand.
+    /// Makes of empty `buffers` what the three records of 16 bytes at `iova` tell of, if that is a frame, as nearly all requests
+    /// are: a header of 16 bytes to read, the data, and a trailer of one byte to write. The processor is asked to have header and
+    /// trailer at hand.
     ///
-    /// Records and pieces must lie in the mapping that was used last, and no piece be empty. Otherwise nothing is done, and
-    /// nothing of what was read is used: `false`.
-    #[inline(always)]
-    pub(crate) fn pin_frame(
-        &self,
-        iova: u64,
-        writable: impl Fn(u16, u32) -> Option<bool>,
-        buffers: &mut PinnedBuffers,
-    ) -> bool {
-        let Some(records) = self.window.bytes(iova, size_of::<[Record; 3]>() as u32, false) else { return false };
-        let piece = |index: u16, wanted: Option<bool>| {
-            let record = records.cast_const().cast::<Record>().wrapping_add(index.into());
+    /// Records and pieces must lie in the mapping that was used last, by which the buffers were used before, and no piece be empty.
+    /// Otherwise nothing is done, and nothing of what was read is used: `false`.
+    // Apart, and with no call to anything else: it needs all registers that a function may use without saving them.
+    #[inline(never)]
+    pub(crate) fn pin_frame<F: FrameRecords>(&self, iova: u64, buffers: &mut PinnedBuffers) -> bool {
+        let window = &self.window;
+        let Some(records) = window.fixed(iova, window.frames) else { return false };
+        let record = |index: usize| {
+            let record = records.cast_const().cast::<Record>().wrapping_add(index);
             // SAFETY: the three records lie in the mapping in the window, which `self.last` keeps. Each field is read once, wherever
             // it lies, and any bytes are valid.
-            let (iova, len, rest) = unsafe {
+            let (iova, rest) = unsafe {
                 let iova = (&raw const (*record).iova).cast::<Unaligned<u64>>().read_volatile();
-                let len = (&raw const (*record).len).cast::<Unaligned<u32>>().read_volatile();
-                let rest = (&raw const (*record).rest).cast::<Unaligned<u32>>().read_volatile();
-                (u64::from_le(iova.0), u32::from_le(len.0), u32::from_le(rest.0))
+                let rest = (&raw const (*record).rest).cast::<Unaligned<u64>>().read_volatile();
+                (u64::from_le(iova.0), u64::from_le(rest.0))
             };
-            let write = writable(index, rest).filter(|write| wanted.is_none_or(|wanted| *write == wanted))?;
-            Some((self.window.bytes(iova, len, write)?, len as usize, write))
+            (iova, rest as u32, (rest >> 32) as u32)
         };
-        let Some((first, first_len, _)) = piece(0, Some(false)) else { return false };
-        let Some((data, data_len, write)) = piece(1, None) else { return false };
-        let Some((last, last_len, _)) = piece(2, Some(true)) else { return false };
-        if !buffers.begin_empty(self.last.as_ref()) {
+        let (iova, len, kind) = record(0);
+        if !F::HEADER.is(kind) | (len != HEADER_LEN) {
             return false;
         }
-        // SAFETY: so many bytes belong to the mapping in the window, `self.last`, which grants the access and is pinned now.
-        unsafe { buffers.push_frame([(first, first_len), (data, data_len), (last, last_len)], write) };
-        prefetch(first, Access::READ);
-        prefetch(last.wrapping_add(last_len).wrapping_sub(1), Access::WRITE);
+        let Some(header) = window.fixed(iova, window.headers) else { return false };
+        let (iova, len, kind) = record(1);
+        let Some(data) = window.bytes(iova, len).filter(|_| F::DATA.is(kind)) else { return false };
+        let (data, write) = ((data, len as usize), kind & F::WRITE != 0);
+        let (iova, len, kind) = record(2);
+        if !F::TRAILER.is(kind) | (len != 1) {
+            return false;
+        }
+        let Some(trailer) = window.fixed(iova, window.writable) else { return false };
+        if !buffers.are_ready(self.last.as_ref()) {
+            return false;
+        }
+        // SAFETY: so many bytes belong to the mapping in the window, `self.last`, which is pinned. It grants both kinds of access, and
+        // those as a whole: the header was found to be readable, and the trailer writable.
+        unsafe { buffers.push_frame(header, data, trailer, write) };
+        prefetch(header, Access::READ);
+        prefetch(trailer, Access::WRITE);
         true
     }
 
@@ -445,6 +496,41 @@ mod tests {
         let mut buffers = PinnedBuffers::default();
         memory.pin(0x1f80, 256, Access::READ, &mut buffers).unwrap();
         assert_eq!(buffers.iovecs().iter().map(|iovec| iovec.iov_len).collect::<Vec<_>>(), [128, 128]);
+    }
+
+    /// What is pinned in one go must be so whole: memory to be read only, or other memory than the buffers were used for, goes the
+    /// long way.
+    #[test]
+    fn a_frame_lies_in_memory_of_both_kinds_that_is_pinned() {
+        struct Any;
+        impl FrameRecords for Any {
+            const HEADER: Bits = Bits { mask: 0, value: 0 };
+            const DATA: Bits = Bits { mask: 0, value: 0 };
+            const WRITE: u32 = 1;
+            const TRAILER: Bits = Bits { mask: 0, value: 0 };
+        }
+        for (access, iova, other, taken) in [
+            (Access::READ_WRITE, 0x1000, 0x1000, true),
+            (Access::READ, 0x1000, 0x1000, false),
+            (Access::READ_WRITE, 0x1000, 0x8000, false),
+        ] {
+            let (shared, file) = (Arc::new(SharedTable::default()), memory_file(0x1000));
+            for (iova, access) in [(0x1000, access), (0x8000, Access::READ_WRITE)] {
+                shared.map(Mapping::of_file(iova, 0x1000, access, Arc::clone(&file), 0).unwrap()).unwrap();
+            }
+            let mut memory = GuestMemory::new(shared);
+            let mut records = Vec::new();
+            for (address, len) in [(iova + 0x100, 16_u64), (iova + 0x200, 512), (iova + 0x300, 1)] {
+                records.extend([address, len].map(u64::to_le_bytes).concat());
+            }
+            memory.write(0x8000, &records).unwrap();
+            let mut buffers = PinnedBuffers::default();
+            memory.read(other, &mut [0]).unwrap();
+            memory.pin(other, 1, Access::READ, &mut buffers).unwrap();
+            buffers.recycle(&memory);
+            memory.read(iova, &mut [0]).unwrap();
+            assert_eq!(memory.pin_frame::<Any>(iova, &mut buffers), taken, "{access:?}, {other:#x}");
+        }
     }
 
     #[test]

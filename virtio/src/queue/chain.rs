@@ -5,7 +5,7 @@ use std::num::NonZeroU16;
 use virtio_bindings::virtio_ring::{VRING_DESC_F_INDIRECT, VRING_DESC_F_NEXT, VRING_DESC_F_WRITE};
 
 use super::ring::{Descriptor, PackedDescriptor, PackedRing, PackedRingMemory, Position, RingMemory};
-use crate::memory::{GuestMemory, PinnedBuffers, Pinning, Unmapped};
+use crate::memory::{Bits, FrameRecords, GuestMemory, PinnedBuffers, Pinning, Rest, Unmapped};
 
 /// The most descriptors that one chain may have, an indirect table's included.
 pub const MAX_DESCRIPTORS: u16 = 1024;
@@ -14,6 +14,11 @@ const NEXT: u16 = VRING_DESC_F_NEXT as u16;
 const WRITE: u16 = VRING_DESC_F_WRITE as u16;
 const INDIRECT: u16 = VRING_DESC_F_INDIRECT as u16;
 const DESCRIPTOR_LEN: u32 = 16;
+/// Descriptors of a header, data, and a status: nearly all requests have a table of these.
+const FRAME: NonZeroU16 = match NonZeroU16::new(3) {
+    Some(three) => three,
+    None => NonZeroU16::MIN,
+};
 
 /// What a guest did wrong in a chain.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -44,13 +49,6 @@ pub enum ChainError {
     Unmapped(#[from] Unmapped),
 }
 
-/// Where a chain goes on: its indirect table, not read yet (§2.7.5.3).
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct IndirectTable {
-    pub(super) iova: u64,
-    pub(super) entries: NonZeroU16,
-}
-
 /// A list of descriptors in a packed ring (§2.8.6).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct List {
@@ -58,14 +56,36 @@ pub(super) struct List {
     pub(super) id: u16,
     /// Descriptors.
     pub(super) len: u16,
-    /// Where it goes on, if its one descriptor says that it does.
-    pub(super) table: Option<IndirectTable>,
+}
+
+/// A table of three descriptors, each linked to the next: flags, then the next one's index.
+struct SplitFrame;
+
+impl FrameRecords for SplitFrame {
+    const HEADER: Bits = Bits { mask: !0, value: NEXT as u32 | 1 << 16 };
+    const DATA: Bits = Bits { mask: !Self::WRITE, value: NEXT as u32 | 2 << 16 };
+    const WRITE: u32 = WRITE as u32;
+    const TRAILER: Bits = Bits { mask: 0xffff, value: Self::WRITE };
+}
+
+/// The same of a packed virtqueue, which is read from end to end: the buffer ID, and the flags, of which only WRITE matters
+/// (§2.8.7).
+struct PackedFrame;
+
+impl FrameRecords for PackedFrame {
+    const HEADER: Bits = Bits { mask: Self::WRITE, value: 0 };
+    const DATA: Bits = Bits { mask: 0, value: 0 };
+    const WRITE: u32 = (WRITE as u32) << 16;
+    const TRAILER: Bits = Bits { mask: Self::WRITE, value: Self::WRITE };
 }
 
 /// The walks over the chains of one queue.
 #[derive(Debug)]
 pub(super) struct Walk {
     indirect_desc: bool,
+    /// The second word of the descriptor of a table of a frame, but for `next`, which is of no account there; without the
+    /// feature no descriptor's.
+    frame: u64,
     /// Our own copy of the indirect table at hand, if that crosses mappings.
     table: Vec<[u64; 2]>,
 }
@@ -73,7 +93,9 @@ pub(super) struct Walk {
 impl Walk {
     /// For a queue for which `VIRTIO_F_INDIRECT_DESC` was negotiated, or not.
     pub(super) fn new(indirect_desc: bool) -> Self {
-        Self { indirect_desc, table: Vec::new() }
+        let table =
+            Descriptor { len: u32::from(FRAME.get()) * DESCRIPTOR_LEN, flags: INDIRECT, ..Descriptor::default() };
+        Self { indirect_desc, frame: if indirect_desc { table.words()[1] << 16 } else { !0 }, table: Vec::new() }
     }
 
     /// Pins the buffers of the chain that starts at `head`, as far as the ring's own table goes. The work is bounded by
@@ -85,34 +107,40 @@ impl Walk {
         head: u16,
         memory: &mut GuestMemory,
         buffers: &mut PinnedBuffers,
-    ) -> Result<Option<IndirectTable>, ChainError> {
+    ) -> Result<(), ChainError> {
         let first = ring.read_descriptor(head);
-        if first.flags & INDIRECT != 0 {
-            return self.table(first.addr, first.len, first.flags, memory).map(Some);
+        let [addr, rest] = first.words();
+        if rest << 16 == self.frame {
+            note_table(addr, FRAME, memory, buffers);
+            return Ok(());
         }
-        self.start_direct(ring, first, memory, buffers)
+        if first.flags & INDIRECT != 0 {
+            return self.table(first.addr, first.len, first.flags, memory, buffers);
+        }
+        self.start_direct(ring, addr, rest, memory, buffers)
     }
 
-    /// The same for a chain whose first descriptor is no indirect table.
+    /// The same for a chain whose first descriptor, of these words, is no indirect table.
     #[inline(never)]
     fn start_direct<M: RingMemory>(
         &self,
         ring: &M,
-        first: Descriptor,
+        addr: u64,
+        rest: u64,
         memory: &mut GuestMemory,
         buffers: &mut PinnedBuffers,
-    ) -> Result<Option<IndirectTable>, ChainError> {
+    ) -> Result<(), ChainError> {
         let size = ring.size();
         let mut pinning = memory.pinning(buffers);
-        let mut descriptor = first;
+        let mut descriptor = Descriptor::from_words([addr, rest].map(u64::to_le));
         // Each step consumes one descriptor of a table with `size`: more steps than that are a loop.
         for _ in 0..size.min(MAX_DESCRIPTORS) {
             if descriptor.flags & INDIRECT != 0 {
-                return self.table(descriptor.addr, descriptor.len, descriptor.flags, memory).map(Some);
+                return self.table(descriptor.addr, descriptor.len, descriptor.flags, memory, buffers);
             }
             push(descriptor.addr, descriptor.len, descriptor.flags, &mut pinning)?;
             if descriptor.flags & NEXT == 0 {
-                return Ok(None);
+                return Ok(());
             }
             let index = descriptor.next;
             if index >= size {
@@ -137,22 +165,29 @@ impl Walk {
     ) -> Result<List, ChainError> {
         let first = ring.descriptor(position, flags);
         if flags & INDIRECT != 0 {
-            let table = self.table(first.addr, first.len, flags, memory)?;
-            return Ok(List { id: first.id, len: 1, table: Some(table) });
+            self.table(first.addr, first.len, flags, memory, buffers)?;
+            return Ok(List { id: first.id, len: 1 });
         }
         start_list(ring, position, first, limit, memory, buffers)
     }
 
-    /// The table that a descriptor points to. The processor is asked to have it at hand.
+    /// Notes the indirect table that a descriptor points to (§2.7.5.3). The processor is asked to have it at hand.
     #[inline(always)]
-    fn table(&self, iova: u64, len: u32, flags: u16, memory: &GuestMemory) -> Result<IndirectTable, ChainError> {
+    fn table(
+        &self,
+        iova: u64,
+        len: u32,
+        flags: u16,
+        memory: &GuestMemory,
+        buffers: &mut PinnedBuffers,
+    ) -> Result<(), ChainError> {
         // What is no multiple of a descriptor's length becomes a large number.
         let entries = len.rotate_right(DESCRIPTOR_LEN.trailing_zeros());
         let well_formed = (1..=MAX_DESCRIPTORS.into()).contains(&entries) && flags & NEXT == 0 && self.indirect_desc;
         match NonZeroU16::new(entries as u16) {
             Some(entries) if well_formed => {
-                memory.prefetch(iova);
-                Ok(IndirectTable { iova, entries })
+                note_table(iova, entries, memory, buffers);
+                Ok(())
             }
             _ => Err(self.no_table(len, flags)),
         }
@@ -171,20 +206,11 @@ impl Walk {
     #[inline(always)]
     pub(super) fn finish(
         &mut self,
-        table: IndirectTable,
+        table: Rest,
         memory: &mut GuestMemory,
         buffers: &mut PinnedBuffers,
     ) -> Result<(), ChainError> {
-        // Linked one after the other.
-        let writable = |index: u16, rest: u32| {
-            let (flags, next) = (rest as u16, (rest >> 16) as u16);
-            let linked = match index {
-                0 | 1 => (flags & !WRITE, next) == (NEXT, index.wrapping_add(1)),
-                _ => flags & !WRITE == 0,
-            };
-            linked.then_some(flags & WRITE != 0)
-        };
-        if table.entries.get() == 3 && memory.pin_frame(table.iova, writable, buffers) {
+        if table.records == FRAME && memory.pin_frame::<SplitFrame>(table.iova, buffers) {
             return Ok(());
         }
         self.finish_any(table, memory, buffers)?;
@@ -196,11 +222,11 @@ impl Walk {
     #[inline(never)]
     fn finish_any(
         &mut self,
-        table: IndirectTable,
+        table: Rest,
         memory: &mut GuestMemory,
         buffers: &mut PinnedBuffers,
     ) -> Result<(), ChainError> {
-        let entries = table.entries.get();
+        let entries = table.records.get();
         let (table, mut pinning) = memory.records(table.iova, entries, &mut self.table, buffers)?;
         let mut index = 0;
         let mut left = entries;
@@ -227,13 +253,11 @@ impl Walk {
     #[inline(always)]
     pub(super) fn finish_packed(
         &mut self,
-        table: IndirectTable,
+        table: Rest,
         memory: &mut GuestMemory,
         buffers: &mut PinnedBuffers,
     ) -> Result<(), ChainError> {
-        // All flags but WRITE, and the buffer ID, are ignored.
-        let writable = |_, rest: u32| Some((rest >> 16) as u16 & WRITE != 0);
-        if table.entries.get() == 3 && memory.pin_frame(table.iova, writable, buffers) {
+        if table.records == FRAME && memory.pin_frame::<PackedFrame>(table.iova, buffers) {
             return Ok(());
         }
         self.finish_packed_any(table, memory, buffers)?;
@@ -245,11 +269,11 @@ impl Walk {
     #[inline(never)]
     fn finish_packed_any(
         &mut self,
-        table: IndirectTable,
+        table: Rest,
         memory: &mut GuestMemory,
         buffers: &mut PinnedBuffers,
     ) -> Result<(), ChainError> {
-        let (table, mut pinning) = memory.records(table.iova, table.entries.get(), &mut self.table, buffers)?;
+        let (table, mut pinning) = memory.records(table.iova, table.records.get(), &mut self.table, buffers)?;
         for record in (0..table.len()).filter_map(|index| table.read(index)) {
             // All flags but WRITE, and the buffer ID, are ignored.
             let descriptor = PackedDescriptor::from_words(record);
@@ -257,6 +281,12 @@ impl Walk {
         }
         Ok(())
     }
+}
+
+#[inline(always)]
+fn note_table(iova: u64, records: NonZeroU16, memory: &GuestMemory, buffers: &mut PinnedBuffers) {
+    memory.prefetch(iova);
+    buffers.set_rest(Rest { iova, records });
 }
 
 /// A list in the ring, whose first descriptor is no indirect table.
@@ -279,7 +309,7 @@ fn start_list<M: PackedRingMemory>(
         }
         push(addr, bytes, flags, &mut pinning)?;
         if flags & NEXT == 0 {
-            return Ok(List { id, len, table: None });
+            return Ok(List { id, len });
         }
         position = position.after(1, ring.size());
         descriptor = ring.next_descriptor(position);

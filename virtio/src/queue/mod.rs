@@ -23,4 +23,4 @@ pub use ring::{
     UsedDescriptor,
 };
 pub use split::SplitQueue;
-pub use virtqueue::{Head, Popped, QueueError, QueueState, RingFeatures, Virtqueue};
+pub use virtqueue::{Head, QueueError, QueueState, RingFeatures, Virtqueue};

@@ -3,7 +3,7 @@
 use super::chain::{List, Walk};
 use super::in_order::{InOrder, Written};
 use super::ring::{Armed, PackedRing, PackedRingMemory, Position, Signal};
-use super::virtqueue::{Head, Popped, QueueError, QueueState, RingFeatures, Virtqueue};
+use super::virtqueue::{Head, QueueError, QueueState, RingFeatures, Virtqueue};
 use crate::memory::{GuestMemory, PinnedBuffers};
 
 /// The device's side of a packed virtqueue (virtio 1.3 §2.8).
@@ -107,7 +107,7 @@ impl<M: PackedRingMemory> Virtqueue for PackedQueue<M> {
     }
 
     #[inline]
-    fn pop(&mut self, memory: &mut GuestMemory, buffers: &mut PinnedBuffers) -> Result<Option<Popped>, QueueError> {
+    fn pop(&mut self, memory: &mut GuestMemory, buffers: &mut PinnedBuffers) -> Result<Option<Head>, QueueError> {
         let position = self.next_avail;
         let Some(flags) = self.ring.available(position) else {
             return Ok(None);
@@ -116,7 +116,7 @@ impl<M: PackedRingMemory> Virtqueue for PackedQueue<M> {
         if free == 0 {
             return Err(QueueError::DescriptorInFlight(head));
         }
-        let List { id, len: descriptors, table } = self
+        let List { id, len: descriptors } = self
             .walk
             .start_packed(&self.ring, position, flags, free, memory, buffers)
             .map_err(|source| QueueError::Chain { head, source })?;
@@ -127,24 +127,22 @@ impl<M: PackedRingMemory> Virtqueue for PackedQueue<M> {
             self.armed = false;
             self.ring.disarm();
         }
-        Ok(Some(Popped { head: Head::new(id, descriptors, slot), table }))
+        Ok(Some(Head::new(id, descriptors, slot)))
     }
 
     #[inline]
     fn resolve(
         &mut self,
-        popped: &mut Popped,
+        head: &Head,
         memory: &mut GuestMemory,
         buffers: &mut PinnedBuffers,
     ) -> Result<(), QueueError> {
-        let Some(table) = popped.table else {
+        let Some(table) = buffers.take_rest() else {
             buffers.prefetch();
             return Ok(());
         };
-        let head = popped.head.id();
-        self.walk.finish_packed(table, memory, buffers).map_err(|source| QueueError::Chain { head, source })?;
-        popped.table = None;
-        Ok(())
+        let head = head.id();
+        self.walk.finish_packed(table, memory, buffers).map_err(|source| QueueError::Chain { head, source })
     }
 
     #[inline]

@@ -3,7 +3,7 @@
 use super::chain::Walk;
 use super::in_order::{InOrder, Written};
 use super::ring::{Armed, RingMemory, Signal, SplitRing};
-use super::virtqueue::{Head, Popped, QueueError, QueueState, RingFeatures, Virtqueue};
+use super::virtqueue::{Head, QueueError, QueueState, RingFeatures, Virtqueue};
 use crate::memory::{GuestMemory, PinnedBuffers};
 
 /// The device's side of a split virtqueue.
@@ -131,12 +131,12 @@ impl<M: RingMemory> Virtqueue for SplitQueue<M> {
     }
 
     #[inline]
-    fn pop(&mut self, memory: &mut GuestMemory, buffers: &mut PinnedBuffers) -> Result<Option<Popped>, QueueError> {
+    fn pop(&mut self, memory: &mut GuestMemory, buffers: &mut PinnedBuffers) -> Result<Option<Head>, QueueError> {
         let Some(head) = self.pop_head()? else {
             return Ok(None);
         };
         match self.walk.start(self.ring.memory(), head.id(), memory, buffers) {
-            Ok(table) => Ok(Some(Popped { head, table })),
+            Ok(()) => Ok(Some(head)),
             Err(source) => Err(QueueError::Chain { head: head.id(), source }),
         }
     }
@@ -144,18 +144,16 @@ impl<M: RingMemory> Virtqueue for SplitQueue<M> {
     #[inline]
     fn resolve(
         &mut self,
-        popped: &mut Popped,
+        head: &Head,
         memory: &mut GuestMemory,
         buffers: &mut PinnedBuffers,
     ) -> Result<(), QueueError> {
-        let Some(table) = popped.table else {
+        let Some(table) = buffers.take_rest() else {
             buffers.prefetch();
             return Ok(());
         };
-        let head = popped.head.id();
-        self.walk.finish(table, memory, buffers).map_err(|source| QueueError::Chain { head, source })?;
-        popped.table = None;
-        Ok(())
+        let head = head.id();
+        self.walk.finish(table, memory, buffers).map_err(|source| QueueError::Chain { head, source })
     }
 
     #[inline]
@@ -194,7 +192,7 @@ mod tests {
     use std::sync::atomic::Ordering::Relaxed;
 
     use super::*;
-    use crate::memory::{MappedRing, RingAddresses, testing::guest_memory};
+    use crate::memory::{Access, MappedRing, RingAddresses, testing::guest_memory};
     use crate::queue::{ChainError, Field, MAX_DESCRIPTORS, RingMemory};
 
     const BASE: u64 = 0x10_0000;
@@ -220,11 +218,10 @@ mod tests {
         fn new(features: RingFeatures) -> Self {
             let mut memory = guest_memory(BASE, 0x10_0000);
             let ring = MappedRing::new(&mut memory, AT, 8).unwrap();
-            Self {
-                memory,
-                queue: SplitQueue::new(ring, features, QueueState::default()),
-                buffers: PinnedBuffers::default(),
-            }
+            // As they are after a request.
+            let mut buffers = PinnedBuffers::default();
+            memory.pin(BASE, 1, Access::READ, &mut buffers).unwrap();
+            Self { memory, queue: SplitQueue::new(ring, features, QueueState::default()), buffers }
         }
 
         fn set(&self, field: Field, value: u16) {
@@ -250,22 +247,20 @@ mod tests {
         }
 
         fn pop(&mut self) -> Result<Option<Head>, QueueError> {
-            self.buffers.clear();
-            match self.queue.pop(&mut self.memory, &mut self.buffers)? {
-                Some(mut popped) => {
-                    self.queue.resolve(&mut popped, &mut self.memory, &mut self.buffers)?;
-                    Ok(popped.resolved())
-                }
-                None => Ok(None),
+            self.buffers.recycle(&self.memory);
+            let head = self.queue.pop(&mut self.memory, &mut self.buffers)?;
+            if let Some(head) = &head {
+                self.queue.resolve(head, &mut self.memory, &mut self.buffers)?;
             }
+            Ok(head)
         }
 
         /// Address and length of the pieces that were popped last: to read, and to write.
         fn pieces(&self) -> [Vec<(u64, usize)>; 2] {
             let file = self.buffers.file().unwrap();
             let place = |piece: &libc::iovec| (BASE + file.offset_of(piece).unwrap(), piece.iov_len);
-            let (readable, writable) = self.buffers.pieces();
-            [readable, writable].map(|pieces| pieces.iter().map(place).collect())
+
+            self.buffers.pieces().map(|pieces| pieces.iter().map(place).collect())
         }
 
         /// What is wrong with the chain that starts at descriptor 0.
@@ -337,38 +332,45 @@ mod tests {
         for unmapped in [(0, 16, INDIRECT, 0), (0, 1, 0, 0), (BASE + 0xf_ffff, 2, WRITE, 0), (u64::MAX, 1, 0, 0)] {
             assert!(matches!(bad(&[(AT.desc, 0, unmapped)]), Unmapped(_)));
         }
-        let mut plain = Rig::new(PLAIN);
-        plain.describe(AT.desc, 0, (TABLE, 16, INDIRECT, 0));
-        assert_eq!(plain.chain_error(), MisplacedIndirect, "the feature was not negotiated");
+        for len in [16, 48] {
+            let mut plain = Rig::new(PLAIN);
+            plain.describe(AT.desc, 0, (TABLE, len, INDIRECT, 0));
+            assert_eq!(plain.chain_error(), MisplacedIndirect, "the feature was not negotiated");
+        }
     }
 
     /// A table of three is read by a way of its own if it is made as nearly all are. Whatever it is made of, it is taken as by the
     /// other way, which one of four goes.
     #[test]
     fn a_table_of_three_is_taken_as_any_other() {
-        let take = |entries: u32, descriptors: [Fields; 3]| {
+        let take_at = |table: u64, entries: u32, descriptors: [Fields; 3]| {
             let mut rig = Rig::new(EVENT_IDX);
             for (index, descriptor) in (0..).zip(descriptors) {
-                rig.describe(TABLE, index, descriptor);
+                rig.describe(table, index, descriptor);
             }
-            rig.describe(AT.desc, 0, (TABLE, 16 * entries, INDIRECT, 0));
+            rig.describe(AT.desc, 0, (table, 16 * entries, INDIRECT, 0));
             rig.offer(0);
             match rig.pop() {
-                Ok(head) => Some((head.unwrap().id(), rig.pieces())),
+                Ok(head) => Some((head.unwrap().id(), rig.pieces(), rig.buffers.take_frame().is_some())),
                 Err(QueueError::Chain { .. }) => None,
                 Err(other) => panic!("{other:?}"),
             }
         };
+        let take = |entries, descriptors| take_at(TABLE, entries, descriptors).map(|(id, pieces, _)| (id, pieces));
         for data in [0, WRITE] {
             let frame = [(BASE, 16, NEXT, 1), (BASE + 0x300, 4096, NEXT | data, 2), (BASE + 0x200, 1, WRITE, 9)];
             let pieces = [vec![(BASE, 16)], vec![(BASE + 0x200, 1)]];
-            let (_, mut taken) = take(3, frame).unwrap();
+            let (_, mut taken, the_way_of_its_own) = take_at(TABLE, 3, frame).unwrap();
+            assert!(the_way_of_its_own);
+            // At the very end, where a fourth descriptor would not be in memory.
+            assert!(take_at(BASE + 0x10_0000 - 48, 3, frame).unwrap().2);
             assert_eq!(taken[usize::from(data != 0)].remove(usize::from(data == 0)), (BASE + 0x300, 4096));
             assert_eq!(taken, pieces);
             let end = BASE + 0x10_0000;
             let changes = (0..3).flat_map(|index| {
                 let (addr, len, flags, next) = frame[index];
-                let addrs = [0, BASE - 1, end - 1, end - 4096, end - u64::from(len), end, u64::MAX];
+                let last = end - u64::from(len);
+                let addrs = [0, BASE - 1, end - 1, end - 4096, last, last + 1, end, u64::MAX];
                 let lens = [0, 1, 17, 0x10_0000, u32::MAX];
                 (addrs.map(|addr| (addr, len, flags, next)).into_iter())
                     .chain(lens.map(|len| (addr, len, flags, next)))

@@ -2,7 +2,7 @@
 
 use std::num::NonZeroU64;
 
-use super::chain::{ChainError, IndirectTable};
+use super::chain::ChainError;
 use super::in_order::Written;
 use super::ring::{Armed, Signal};
 use crate::memory::{GuestMemory, PinnedBuffers};
@@ -97,23 +97,6 @@ impl Head {
     }
 }
 
-/// A request that was taken off a queue, and whose buffers may not all be known until [`Virtqueue::resolve`].
-#[derive(Debug, PartialEq, Eq)]
-#[must_use = "a request must be resolved and completed"]
-pub struct Popped {
-    pub(super) head: Head,
-    /// What is left to be read.
-    pub(super) table: Option<IndirectTable>,
-}
-
-impl Popped {
-    /// The request, whose buffers are known; `None` if [`Virtqueue::resolve`] has not succeeded.
-    #[inline]
-    pub fn resolved(self) -> Option<Head> {
-        self.table.is_none().then_some(self.head)
-    }
-}
-
 /// Where a device stands in a queue; with nothing in flight this is all there is to carry over. Split: entries, modulo 2^16.
 /// Packed: descriptors, with the wrap counter in bit 15.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -157,19 +140,15 @@ pub trait Virtqueue: Sized {
     ///
     /// # Errors
     /// If the driver broke the queue's rules; whatever is in flight can still be completed.
-    fn pop(&mut self, memory: &mut GuestMemory, buffers: &mut PinnedBuffers) -> Result<Option<Popped>, QueueError>;
+    fn pop(&mut self, memory: &mut GuestMemory, buffers: &mut PinnedBuffers) -> Result<Option<Head>, QueueError>;
 
     /// Pins the rest of a request's buffers, and asks the processor to have the first and the last of them at hand. Indirect tables are read here and not before, so that those of several
     /// requests can be on their way at the same time.
     ///
     /// # Errors
     /// If the driver broke the rules.
-    fn resolve(
-        &mut self,
-        popped: &mut Popped,
-        memory: &mut GuestMemory,
-        buffers: &mut PinnedBuffers,
-    ) -> Result<(), QueueError>;
+    fn resolve(&mut self, head: &Head, memory: &mut GuestMemory, buffers: &mut PinnedBuffers)
+    -> Result<(), QueueError>;
 
     /// Gives a request back, with so much of its buffers written. The driver sees it after the next
     /// [`publish`](Self::publish); with `VIRTIO_F_IN_ORDER`, after the one that follows when all requests before it are

@@ -26,7 +26,7 @@ fn store(fabric: Fabric) -> DistantStore {
 fn messages_leave_one_after_the_other_each_way() {
     let wire = Wire::new(fabric(10, 1_000_000, 0));
     let mut rig = Rig::new(&MemoryStore::new(MIB).unwrap());
-    let mut io = |op, len| Io { token: 0, op, buffers: rig.guest.buffers(&[(0, len)]) };
+    let mut io = |op, len| Io::new(0, op, rig.guest.buffers(&[(0, len)]));
     let write = io(Op::Write { offset: 0, durable: false }, 4000);
     let read = io(Op::Read { offset: 0 }, 8000);
     // 4 ms of data, half of 10 ms of way.
@@ -43,7 +43,7 @@ fn messages_leave_one_after_the_other_each_way() {
 fn the_same_seed_gives_the_same_jitter() {
     let jitters = |seed| {
         let wire = Wire::new(Fabric { jitter: Duration::from_millis(2), seed, ..Fabric::default() });
-        let io = Io { token: 0, op: Op::Flush, buffers: PinnedBuffers::default() };
+        let io = Io::new(0, Op::Flush, PinnedBuffers::default());
         (0..10_000).map(|_| wire.request(&io, 0)).collect::<Vec<_>>()
     };
     assert_eq!(jitters(1), jitters(1));

@@ -19,7 +19,7 @@ fn store(rules: Vec<Rule>) -> FaultyStore {
 
 fn zeroes(offset: u64, len: u64) -> Io {
     let op = Op::WriteZeroes { offset, len, unmap: true, durable: false };
-    Io { token: 0, op, buffers: PinnedBuffers::default() }
+    Io::new(0, op, PinnedBuffers::default())
 }
 
 const KINDS: [Fault; 9] = [

@@ -409,7 +409,7 @@ mod tests {
     }
 
     fn transfer(op: Op, buffers: PinnedBuffers, shared: &Shared) -> Transfer {
-        Transfer::new(Box::new(Io { token: 0, op, buffers }), shared)
+        Transfer::new(Box::new(Io::new(0, op, buffers)), shared)
     }
 
     /// The operation, and the flags that are its own (`rw_flags`, `fsync_flags`).

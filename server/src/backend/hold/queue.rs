@@ -107,7 +107,7 @@ impl HoldBackend {
 
     /// Gives the store below a copy; whether it has room.
     fn send(&mut self, io: &Io) -> bool {
-        let new = || Box::new(Io { token: 0, op: Op::Flush, buffers: PinnedBuffers::default() });
+        let new = || Box::new(Io::new(0, Op::Flush, PinnedBuffers::default()));
         let mut copy = self.spare.pop().unwrap_or_else(new);
         (copy.token, copy.op) = (io.token, io.op);
         io.buffers.part(0, io.buffers.len(), &mut copy.buffers);

@@ -22,7 +22,7 @@ fn store(limits: &Limits) -> LimitedStore {
 }
 
 fn io(op: Op) -> Io {
-    Io { token: 0, op, buffers: PinnedBuffers::default() }
+    Io::new(0, op, PinnedBuffers::default())
 }
 
 #[test]

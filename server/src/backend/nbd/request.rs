@@ -158,7 +158,7 @@ mod tests {
 
     fn request(op: Op, bytes: u64) -> Request {
         let buffers = if bytes > 0 { Guest::new().buffers(&[(0, bytes)]) } else { PinnedBuffers::default() };
-        Request::new(Box::new(Io { token: 0, op, buffers }))
+        Request::new(Box::new(Io::new(0, op, buffers)))
     }
 
     /// All requests that it takes: type, flags, offset, length.

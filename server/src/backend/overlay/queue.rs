@@ -235,10 +235,8 @@ impl OverlayBackend {
     /// Whether nothing is left.
     fn issue_all(&mut self, number: u16) -> bool {
         loop {
-            let mut part = self
-                .spare
-                .pop()
-                .unwrap_or_else(|| Box::new(Io { token: 0, op: Op::Flush, buffers: PinnedBuffers::default() }));
+            let mut part =
+                self.spare.pop().unwrap_or_else(|| Box::new(Io::new(0, Op::Flush, PinnedBuffers::default())));
             let Some(request) = self.requests.get_mut(number) else { return true };
             let (target, next, taken) = match (&request.left, request.op, &mut request.io) {
                 (Left::Read(at), _, Some(whole)) => {

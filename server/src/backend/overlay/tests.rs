@@ -607,7 +607,7 @@ fn an_overlay_of_any_store_is_known_by_its_name() {
     let store = OverlayStore::open(&Base::named(memory.clone(), "one"), &options).unwrap();
     let mut backend = store.attach(&ring, 0).unwrap();
     let mut done = Vec::new();
-    backend.submit(Box::new(Io { token: 7, op: Op::Read { offset: 0 }, buffers: PinnedBuffers::default() })).unwrap();
+    backend.submit(Box::new(Io::new(7, Op::Read { offset: 0 }, PinnedBuffers::default()))).unwrap();
     backend.reap(&mut done);
     assert!(done.len() == 1 && done[0].io.token == 7);
     drop((store, backend));

@@ -261,7 +261,7 @@ impl Medium {
         let Some(backend) = &mut self.backend else {
             return Err(io::Error::other("nothing is attached to the store"));
         };
-        let mut todo = Some(Box::new(Io { token: 0, op, buffers }));
+        let mut todo = Some(Box::new(Io::new(0, op, buffers)));
         let mut done = Vec::new();
         loop {
             // One at a time there is room, unless operations of a backend before have still not ended.

@@ -103,9 +103,10 @@ impl<Q: Virtqueue> Device<Q> {
     /// Takes the next request, whose name and buffer must be those that the driver gave it.
     fn pop(&mut self) -> Option<Head> {
         self.buffers.clear();
-        let head = self.queue.pop(&mut self.memory, &mut self.buffers).unwrap()?.resolved().unwrap();
+        let head = self.queue.pop(&mut self.memory, &mut self.buffers).unwrap()?;
         assert_eq!(head.id(), self.popped % SIZE, "head {} is an old one", self.popped);
-        let ([piece], []) = self.buffers.pieces() else { panic!("{:?}", self.buffers) };
+        let [readable, writable] = self.buffers.pieces();
+        let ([piece], []) = (&*readable, &*writable) else { panic!("{:?}", self.buffers) };
         let place = self.buffers.file().and_then(|file| file.offset_of(piece));
         let expected = (Some(u64::from(self.popped) + 1), 8);
         assert_eq!((place, piece.iov_len), expected, "descriptor {} is an old one", self.popped);

@@ -7,7 +7,7 @@ use proptest::prelude::*;
 use proptest::sample::Index;
 
 use super::*;
-use crate::memory::{MappedPackedRing, RingAddresses, testing::guest_memory};
+use crate::memory::{Access, MappedPackedRing, RingAddresses, testing::guest_memory};
 use crate::queue::{ChainError, MAX_DESCRIPTORS};
 
 const BASE: u64 = 0x10_0000;
@@ -52,7 +52,10 @@ impl Rig {
         let ring = MappedPackedRing::new(&mut memory, AT, size).unwrap();
         let queue = PackedQueue::new(ring, features, PackedQueue::<MappedPackedRing>::START);
         let start = Place(0, true);
-        Self { memory, queue, buffers: PinnedBuffers::default(), size, avail: start, used: start }
+        // As they are after a request.
+        let mut buffers = PinnedBuffers::default();
+        memory.pin(BASE, 1, Access::READ, &mut buffers).unwrap();
+        Self { memory, queue, buffers, size, avail: start, used: start }
     }
 
     fn step(&self, place: &mut Place) {
@@ -83,10 +86,12 @@ impl Rig {
     }
 
     fn pop(&mut self) -> Result<Option<Head>, QueueError> {
-        self.buffers.clear();
-        let Some(mut popped) = self.queue.pop(&mut self.memory, &mut self.buffers)? else { return Ok(None) };
-        self.queue.resolve(&mut popped, &mut self.memory, &mut self.buffers)?;
-        Ok(popped.resolved())
+        self.buffers.recycle(&self.memory);
+        let head = self.queue.pop(&mut self.memory, &mut self.buffers)?;
+        if let Some(head) = &head {
+            self.queue.resolve(head, &mut self.memory, &mut self.buffers)?;
+        }
+        Ok(head)
     }
 
     fn take(&mut self) -> Head {
@@ -97,8 +102,8 @@ impl Rig {
     fn pieces(&self) -> [Vec<Piece>; 2] {
         let file = self.buffers.file().unwrap();
         let place = |piece: &libc::iovec| (BASE + file.offset_of(piece).unwrap(), piece.iov_len);
-        let (readable, writable) = self.buffers.pieces();
-        [readable, writable].map(|pieces| pieces.iter().map(place).collect())
+
+        self.buffers.pieces().map(|pieces| pieces.iter().map(place).collect())
     }
 
     /// Buffer ID and length of the next used descriptor, if there is one: the driver does not move on.
@@ -165,12 +170,21 @@ fn a_table_of_three_is_taken_as_any_other() {
             Err(other) => panic!("{other:?}"),
         }
     };
+    let take_frame = |descriptors: [Fields; 3]| {
+        let mut rig = Rig::new(5, EVENT_IDX);
+        (0..).zip(descriptors).for_each(|(index, descriptor)| rig.write(TABLE, index, descriptor));
+        rig.offer(&[(TABLE, 48, INDIRECT, 7)]);
+        let _head = rig.take();
+        rig.buffers.take_frame().is_some()
+    };
     let end = BASE + 0x10_0000;
     for data in [0, WRITE] {
         let frame = [(BASE, 16, NEXT, 5), (BASE + 0x300, 4096, data, 6), (BASE + 0x200, 1, WRITE | INDIRECT, 9)];
+        assert!(take_frame(frame));
         for index in 0..3 {
             let (addr, len, flags, id) = frame[index];
-            let addrs = [addr, 0, BASE - 1, end - 1, end - 4096, end - u64::from(len), end, u64::MAX];
+            let last = end - u64::from(len);
+            let addrs = [addr, 0, BASE - 1, end - 1, end - 4096, last, last + 1, end, u64::MAX];
             let changes = (addrs.map(|addr| (addr, len, flags, id)).into_iter())
                 .chain([0, 1, 17, 0x10_0000, u32::MAX].map(|len| (addr, len, flags, id)))
                 .chain((0..16).map(|flags| (addr, len, flags, id)));

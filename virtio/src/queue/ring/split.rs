@@ -40,6 +40,12 @@ pub struct Descriptor {
 }
 
 impl Descriptor {
+    /// The two words that it is made of, by their value.
+    #[inline(always)]
+    pub(in crate::queue) fn words(&self) -> [u64; 2] {
+        [self.addr, u64::from(self.len) | u64::from(self.flags) << 32 | u64::from(self.next) << 48]
+    }
+
     /// From the two little-endian words that a descriptor is made of.
     #[inline(always)]
     pub fn from_words([addr, rest]: [u64; 2]) -> Self {
