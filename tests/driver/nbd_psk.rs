@@ -56,12 +56,19 @@ fn rig(device: &DeviceConfig) -> Rig {
     Rig::devices(|folder| vec![DeviceConfig { socket_path: folder.join("blk.sock"), ..device.clone() }])
 }
 
-fn use_it(device: &DeviceConfig) {
+/// Each use of an export is of sectors that nobody has written: it is the so-manyth.
+fn use_it(device: &DeviceConfig, number: u64) {
     let rig = rig(device);
     let mut machine = rig.boot_with(&BlockOptions { queues: 2, ..BlockOptions::default() });
     exercise(&mut machine.queues);
-    let workload =
-        Workload { first_sector: 8192, requests: 1000, largest: 300, sectors: 4096, depth: 32, ..Workload::default() };
+    let workload = Workload {
+        first_sector: 8192 + number * 4096,
+        requests: 1000,
+        largest: 300,
+        sectors: 4096,
+        depth: 32,
+        ..Workload::default()
+    };
     workload.run(&mut machine.queues[0], &Arena::new(&machine.memory, &workload));
 }
 
@@ -73,11 +80,11 @@ fn refusal(device: &DeviceConfig) -> String {
 fn a_key_is_all_that_it_takes() {
     let keys = Keys::new(&[ALICE, QEMU]);
     let nbdkit = keys.nbdkit(Kind::NbdkitMemory);
-    use_it(&device(&nbdkit, &keys, Some("alice")));
+    use_it(&device(&nbdkit, &keys, Some("alice")), 0);
     // As libnbd has it.
     let uri = nbdkit.uri().replace("nbd+unix://", "nbds+unix://alice@");
     let uri = format!("{uri}&tls-psk-file={}", keys.file().display());
-    use_it(&DeviceConfig { nbd_uri: Some(uri.parse().unwrap()), ..nbdkit.device(keys.0.path()) });
+    use_it(&DeviceConfig { nbd_uri: Some(uri.parse().unwrap()), ..nbdkit.device(keys.0.path()) }, 1);
 }
 
 /// The priorities are those of the server: what it has to choose from is what we offer.
@@ -86,8 +93,8 @@ fn qemu_takes_keys_by_all_that_is_offered() {
     let keys = Keys::new(&[ALICE, QEMU]);
     for priority in ["NORMAL", "NORMAL:-VERS-TLS1.3", "NORMAL:-VERS-TLS1.3:-CHACHA20-POLY1305"] {
         let qemu = keys.qemu(priority);
-        use_it(&device(&qemu, &keys, None));
-        use_it(&device(&qemu, &keys, Some("alice")));
+        use_it(&device(&qemu, &keys, None), 0);
+        use_it(&device(&qemu, &keys, Some("alice")), 1);
     }
 }
 
@@ -97,7 +104,7 @@ fn suites_without_authenticated_data_are_refused() {
     let keys = Keys::new(&[QEMU]);
     for priority in ["NORMAL:-VERS-TLS1.3:-AEAD", "NORMAL:-VERS-ALL:+VERS-TLS1.1"] {
         let error = refusal(&device(&keys.qemu(priority), &keys, None));
-        assert!(error.contains("TLS"), "{priority}: {error}");
+        assert!(error.contains("does not take the key") && error.contains("TLS be 1.3"), "{priority}: {error}");
     }
 }
 
@@ -126,7 +133,7 @@ fn a_server_without_the_key_is_refused() {
     let certificates = format!("--tls-certificates={}", authority.path().display());
     let export = Export::with(Kind::NbdkitMemory, &["--tls=require".into(), certificates]);
     let error = refusal(&device(&export, &keys, None));
-    assert!(error.contains("shows a certificate") || error.contains("does not take the key"), "{error}");
+    assert!(error.contains("shows a certificate"), "{error}");
     let plain = Export::with(Kind::NbdkitMemory, &[]);
     let error = refusal(&device(&plain, &keys, None));
     assert!(error.contains("has no TLS"), "{error}");

@@ -192,8 +192,17 @@ impl Session {
             match outcome? {
                 Some(true) => return Ok(sent?),
                 Some(false) => sent?,
-                None => return Err(TlsError::Io(io::ErrorKind::UnexpectedEof.into())),
+                None => return Err(self.hung_up()),
             }
+        }
+    }
+
+    /// The server has ended the connection in the handshake.
+    fn hung_up(&self) -> TlsError {
+        match self {
+            Self::Certificates(_) => TlsError::Io(io::ErrorKind::UnexpectedEof.into()),
+            #[cfg(feature = "psk")]
+            Self::PreSharedKey(session) => session.hung_up(),
         }
     }
 }

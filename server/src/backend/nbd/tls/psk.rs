@@ -40,7 +40,8 @@ pub(in super::super) enum PskError {
     )]
     Certificate,
     #[error(
-        "the server does not take the key of {username:?} in {}: name and key must be as they are in its own file ({why})",
+        "the server does not take the key of {username:?} in {}: name and key must be as they are in its own file, and TLS \
+         be 1.3, or 1.2 with ECDHE-PSK or DHE-PSK and authenticated encryption ({why})",
         file.display()
     )]
     Refused { username: String, file: PathBuf, why: String },
@@ -55,6 +56,12 @@ pub(in super::super) enum PskError {
 struct Owner {
     username: String,
     file: PathBuf,
+}
+
+impl Owner {
+    fn refused(&self, why: String) -> PskError {
+        PskError::Refused { username: self.username.clone(), file: self.file.clone(), why }
+    }
 }
 
 /// What sessions are made of.
@@ -224,8 +231,12 @@ impl PskSession {
         if reasons.iter().any(|reason| reason == "certificate verify failed") {
             return PskError::Certificate.into();
         }
-        let Owner { username, file } = &*self.owner;
-        PskError::Refused { username: username.clone(), file: file.clone(), why: reasons.join(", ") }.into()
+        self.owner.refused(reasons.join(", ")).into()
+    }
+
+    /// The server has ended the connection in the handshake: nbdkit and QEMU say no word about keys that they do not know.
+    pub(super) fn hung_up(&self) -> TlsError {
+        self.owner.refused("it ended the connection".to_owned()).into()
     }
 }
 
