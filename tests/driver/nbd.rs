@@ -17,7 +17,7 @@ use vfio_user_blk::Server;
 use vfio_user_blk::config::{DeviceConfig, OverlayKind, ServerConfig};
 use vfio_user_blk::control::ControlClient;
 
-use crate::binary::Served;
+use crate::binary::{self, Served};
 use crate::control::done;
 use crate::crash::{Journal, Writer};
 use crate::images::random_operations;
@@ -553,6 +553,18 @@ fn tls_refuses_a_wrong_certificate() {
     let nobody = right.without_client();
     let wrong = DeviceConfig { nbd_tls_dir: Some(nobody.path()), ..device };
     assert!(start(&wrong).is_err());
+}
+
+/// As it is built by default.
+#[test]
+fn a_program_without_pre_shared_keys_says_so_when_it_reads_of_them() {
+    let folder = tempfile::tempdir().unwrap();
+    let config = folder.path().join("server.toml");
+    for device in ["nbd_uri = 'nbds://alice@h/?tls-psk-file=/k'", "nbd_uri = 'nbds://h'\nnbd_tls_psk_file = '/k'"] {
+        fs::write(&config, format!("[[device]]\nsocket_path = 'blk.sock'\n{device}\n")).unwrap();
+        let (status, error) = binary::run(&["check".into(), "--config".into(), config.display().to_string()]);
+        assert!(!status.success() && error.contains("--features psk"), "{error}");
+    }
 }
 
 #[test]

@@ -184,25 +184,26 @@ impl Session {
     pub(super) fn handshake(&mut self, stream: &mut (impl Read + Write)) -> Result<(), TlsError> {
         loop {
             let outcome = match self.advance() {
-                Ok(false) if !self.wants_write() => self.receive(stream).map(|len| (len > 0).then_some(false)),
-                outcome => outcome.map(Some),
+                Ok(false) if !self.wants_write() => match self.receive(stream) {
+                    Ok(0) => Err(TlsError::Io(io::ErrorKind::UnexpectedEof.into())),
+                    received => received.map(|_| false),
+                },
+                outcome => outcome,
             };
             // What is there to be sent after an error tells the server of it.
-            let sent = self.send(stream).and_then(|()| stream.flush());
-            match outcome? {
-                Some(true) => return Ok(sent?),
-                Some(false) => sent?,
-                None => return Err(self.hung_up()),
+            let sent = self.send(stream).and_then(|()| stream.flush()).map_err(TlsError::Io);
+            if outcome.and_then(|done| sent.map(|()| done)).map_err(|error| self.hung_up(error))? {
+                return Ok(());
             }
         }
     }
 
-    /// The server has ended the connection in the handshake.
-    fn hung_up(&self) -> TlsError {
+    /// Says what it means that a server ends the connection in the handshake.
+    fn hung_up(&self, error: TlsError) -> TlsError {
         match self {
-            Self::Certificates(_) => TlsError::Io(io::ErrorKind::UnexpectedEof.into()),
+            Self::Certificates(_) => error,
             #[cfg(feature = "psk")]
-            Self::PreSharedKey(session) => session.hung_up(),
+            Self::PreSharedKey(session) => session.hung_up(error),
         }
     }
 }

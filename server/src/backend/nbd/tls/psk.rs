@@ -23,7 +23,7 @@ use super::{Plain, TlsError};
 /// Bytes that were received and not deciphered, at most: a record has 16 KiB, and what encryption adds.
 const MAX_RECEIVED: usize = 20 << 10;
 /// Bytes that are to be sent, at most; nobody writes as much at a time.
-const MAX_SENT: usize = 2 << 20;
+const MAX_SENT: usize = 1 << 20;
 
 /// A key of this kind belongs to SHA-256 (RFC 8446, section 4.2.11): no other suite could use it.
 const TLS13: &str = "TLS_AES_128_GCM_SHA256:TLS_CHACHA20_POLY1305_SHA256";
@@ -235,8 +235,14 @@ impl PskSession {
     }
 
     /// The server has ended the connection in the handshake: nbdkit and QEMU say no word about keys that they do not know.
-    pub(super) fn hung_up(&self) -> TlsError {
-        self.owner.refused("it ended the connection".to_owned()).into()
+    pub(super) fn hung_up(&self, error: TlsError) -> TlsError {
+        use io::ErrorKind::{BrokenPipe, ConnectionReset, UnexpectedEof};
+        match error {
+            TlsError::Io(error) if matches!(error.kind(), UnexpectedEof | ConnectionReset | BrokenPipe) => {
+                self.owner.refused("it ended the connection".to_owned()).into()
+            }
+            error => error,
+        }
     }
 }
 
@@ -254,3 +260,6 @@ fn broken(error: openssl::ssl::Error) -> TlsError {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;
