@@ -562,7 +562,7 @@ fn a_program_without_pre_shared_keys_says_so_when_it_reads_of_them() {
     let config = folder.path().join("server.toml");
     for device in ["nbd_uri = 'nbds://alice@h/?tls-psk-file=/k'", "nbd_uri = 'nbds://h'\nnbd_tls_psk_file = '/k'"] {
         fs::write(&config, format!("[[device]]\nsocket_path = 'blk.sock'\n{device}\n")).unwrap();
-        let (status, error) = binary::run(&["check".into(), "--config".into(), config.display().to_string()]);
+        let (status, error) = binary::run(&["check".into(), config.display().to_string()]);
         assert!(!status.success() && error.contains("--features psk"), "{error}");
     }
 }
