@@ -73,7 +73,13 @@ fn from_root(device: &DeviceConfig) -> Result<DeviceConfig> {
     };
     let mut device = device.clone();
     device.socket_path = absolute(&device.socket_path)?;
-    for path in [&mut device.blk_file, &mut device.overlay_of, &mut device.overlay_file, &mut device.nbd_tls_dir] {
+    for path in [
+        &mut device.blk_file,
+        &mut device.overlay_of,
+        &mut device.overlay_file,
+        &mut device.nbd_tls_dir,
+        &mut device.nbd_tls_psk_file,
+    ] {
         *path = path.as_deref().map(absolute).transpose()?;
     }
     Ok(device)

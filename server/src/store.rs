@@ -181,8 +181,7 @@ fn open_nbd(config: &DeviceConfig, read_only: bool) -> Result<NbdStore, StoreErr
         read_only,
         connections: config.nbd_connections(),
         deadline: Duration::from_secs(config.nbd_deadline().into()),
-        tls_dir: config.nbd_tls_dir.clone(),
-        tls_hostname: config.nbd_tls_hostname.clone(),
+        credentials: config.nbd_credentials().map_err(InvalidDevice::from)?,
     })?)
 }
 

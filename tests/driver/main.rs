@@ -24,6 +24,8 @@ mod live;
 mod live_faults;
 mod metrics;
 mod nbd;
+#[cfg(feature = "psk")]
+mod nbd_psk;
 mod notifications;
 mod on_error;
 mod overlay;

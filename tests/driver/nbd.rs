@@ -17,7 +17,7 @@ use vfio_user_blk::Server;
 use vfio_user_blk::config::{DeviceConfig, OverlayKind, ServerConfig};
 use vfio_user_blk::control::ControlClient;
 
-use crate::binary::Served;
+use crate::binary::{self, Served};
 use crate::control::done;
 use crate::crash::{Journal, Writer};
 use crate::images::random_operations;
@@ -26,7 +26,7 @@ use crate::workload::{Arena, Workload};
 
 /// A program that exports the file `disk.img`, or memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Kind {
+pub(crate) enum Kind {
     NbdkitMemory,
     NbdkitFile,
     /// Over TCP, with answers that come late and out of order, and no more than 64 KiB at once.
@@ -42,11 +42,11 @@ impl Kind {
 }
 
 /// A running server, in a folder that goes with it.
-struct Export {
+pub(crate) struct Export {
     kind: Kind,
     folder: TempDir,
     port: u16,
-    /// More arguments for nbdkit: options, and parameters of its filters.
+    /// More arguments for nbdkit and qemu-nbd: options, and parameters of nbdkit's filters.
     more: Vec<String>,
     process: Option<Process>,
 }
@@ -68,7 +68,7 @@ impl Export {
         Self::with(kind, &[])
     }
 
-    fn with(kind: Kind, more: &[String]) -> Self {
+    pub(crate) fn with(kind: Kind, more: &[String]) -> Self {
         let folder = tempfile::tempdir().unwrap();
         let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
         let mut export = Self { kind, folder, port, more: more.to_vec(), process: None };
@@ -134,7 +134,7 @@ impl Export {
                     "--format",
                     format,
                 ]);
-                command.arg(&image);
+                command.args(&self.more).arg(&image);
                 command
             }
             Kind::NbdServer => {
@@ -171,7 +171,7 @@ impl Export {
         self.process.take().unwrap().kill().unwrap();
     }
 
-    fn uri(&self) -> String {
+    pub(crate) fn uri(&self) -> String {
         match self.kind {
             Kind::NbdkitDelayed => format!("nbd://127.0.0.1:{}/", self.port),
             Kind::NbdServer => format!("nbd+unix:///disk?socket={}", self.socket().display()),
@@ -179,7 +179,7 @@ impl Export {
         }
     }
 
-    fn device(&self, folder: &Path) -> DeviceConfig {
+    pub(crate) fn device(&self, folder: &Path) -> DeviceConfig {
         let mut device = DeviceConfig::new(folder.join("blk.sock"));
         device.nbd_uri = Some(self.uri().parse().unwrap());
         device
@@ -309,7 +309,7 @@ fn a_killed_nbd_server_costs_nothing_but_time_with_tls() {
 }
 
 /// Kills the server under a writer, some times.
-fn kill_under(rig: Rig, export: &mut Export) {
+pub(crate) fn kill_under(rig: Rig, export: &mut Export) {
     let (kind, image) = (export.kind, export.image());
     let (mut journal, mut writer) = (Journal::new(), Writer::new(rig.client()));
     let (over, answers) = (AtomicBool::new(false), AtomicU64::new(0));
@@ -478,12 +478,12 @@ fn errors_of_the_server_are_told_and_end() {
 }
 
 /// Certificates of one authority: `ca-cert.pem`, and a certificate and a key for each role.
-struct Authority {
+pub(crate) struct Authority {
     folder: TempDir,
 }
 
 impl Authority {
-    fn new(server_name: &str) -> Self {
+    pub(crate) fn new(server_name: &str) -> Self {
         let folder = tempfile::tempdir().unwrap();
         let key = KeyPair::generate().unwrap();
         let mut params = CertificateParams::new(Vec::new()).unwrap();
@@ -501,7 +501,7 @@ impl Authority {
         Self { folder }
     }
 
-    fn path(&self) -> PathBuf {
+    pub(crate) fn path(&self) -> PathBuf {
         self.folder.path().to_owned()
     }
 
@@ -514,7 +514,7 @@ impl Authority {
 }
 
 /// Whether a server starts on the export, and why not.
-fn start(device: &DeviceConfig) -> Result<Server, String> {
+pub(crate) fn start(device: &DeviceConfig) -> Result<Server, String> {
     Server::start(&ServerConfig::new(vec![device.clone()])).map_err(|error| error.to_string())
 }
 
@@ -553,6 +553,18 @@ fn tls_refuses_a_wrong_certificate() {
     let nobody = right.without_client();
     let wrong = DeviceConfig { nbd_tls_dir: Some(nobody.path()), ..device };
     assert!(start(&wrong).is_err());
+}
+
+/// As it is built by default.
+#[test]
+fn a_program_without_pre_shared_keys_says_so_when_it_reads_of_them() {
+    let folder = tempfile::tempdir().unwrap();
+    let config = folder.path().join("server.toml");
+    for device in ["nbd_uri = 'nbds://alice@h/?tls-psk-file=/k'", "nbd_uri = 'nbds://h'\nnbd_tls_psk_file = '/k'"] {
+        fs::write(&config, format!("[[device]]\nsocket_path = 'blk.sock'\n{device}\n")).unwrap();
+        let (status, error) = binary::run(&["check".into(), config.display().to_string()]);
+        assert!(!status.success() && error.contains("--features psk"), "{error}");
+    }
 }
 
 #[test]

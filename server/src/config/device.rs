@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use super::fabric::{FabricChoice, InvalidFabric};
 use super::fault::{FaultConfig, InvalidFault};
+use super::nbd_tls::InvalidNbdTls;
 use super::on_error::{InvalidOnError, OnError};
 use super::overlay::{InvalidOverlay, OverlayKind};
 use super::rates::{InvalidRates, RateLimits};
@@ -147,6 +148,15 @@ pub struct DeviceConfig {
     /// Name in the NBD server's certificate [default: the URI's host, or localhost for a UNIX socket]
     #[arg(long, value_name = "NAME")]
     pub nbd_tls_hostname: Option<String>,
+
+    /// File with a pre-shared key, USERNAME:KEY in hexadecimal digits, in place of certificates; or ?tls-psk-file= of --nbd-uri
+    #[arg(long, value_name = "FILE")]
+    pub nbd_tls_psk_file: Option<PathBuf>,
+
+    /// Whose key of that file; or USERNAME@ of --nbd-uri [default: qemu]
+    #[arg(long, value_name = "NAME")]
+    pub nbd_tls_username: Option<String>,
+
     /// Image file or block device that the disk starts as a copy of, which is only read and may be shared by many devices; a qcow2
     /// or VMDK image with --store
     #[arg(long, value_name = "FILE")]
@@ -326,9 +336,9 @@ pub enum InvalidDevice {
         "nbd_uri, nbd_connections, nbd_deadline and nbd_tls_* are for store = \"nbd\" only; leave them out, or leave store out"
     )]
     NbdUnused,
-    /// What only TLS has.
-    #[error("nbd_tls_dir and nbd_tls_hostname are for nbds:// and nbds+unix:// only, which need nbd_tls_dir")]
-    NbdTls,
+    /// TLS, and what only TLS has.
+    #[error(transparent)]
+    NbdTls(#[from] InvalidNbdTls),
     /// Connections.
     #[error("nbd_connections is {0}; it must be from 1 to 64")]
     NbdConnections(u16),
@@ -393,6 +403,8 @@ impl DeviceConfig {
             nbd_deadline: None,
             nbd_tls_dir: None,
             nbd_tls_hostname: None,
+            nbd_tls_psk_file: None,
+            nbd_tls_username: None,
             overlay_of: None,
             overlay: None,
             overlay_file: None,
@@ -474,20 +486,18 @@ impl DeviceConfig {
 
     fn check_nbd(&self, nbd: bool) -> Result<(), InvalidDevice> {
         let numbers = self.nbd_connections.is_some() || self.nbd_deadline.is_some();
-        let tls = self.nbd_tls_dir.is_some() || self.nbd_tls_hostname.is_some();
-        let Some(uri) = self.nbd_uri.as_ref().filter(|_| nbd) else {
+        let tls = self.has_nbd_tls();
+        if self.nbd_uri.is_none() || !nbd {
             return match nbd {
                 true => Err(InvalidDevice::NoNbdUri),
                 false if self.nbd_uri.is_some() || numbers || tls => Err(InvalidDevice::NbdUnused),
                 false => Ok(()),
             };
-        };
+        }
         if self.size.is_some() && self.overlay().is_none() {
             return Err(InvalidDevice::NbdSize);
         }
-        if if uri.is_tls() { self.nbd_tls_dir.is_none() } else { tls } {
-            return Err(InvalidDevice::NbdTls);
-        }
+        self.nbd_credentials()?;
         if !(1..=64).contains(&self.nbd_connections()) {
             return Err(InvalidDevice::NbdConnections(self.nbd_connections()));
         }
@@ -648,9 +658,8 @@ mod tests {
         assert_eq!(nbd("nbd://host", |device| device.store = Some(StoreKind::Memory)), Err(InvalidDevice::NbdUnused));
         assert_eq!(check(|device| device.nbd_deadline = Some(1)), Err(InvalidDevice::NbdUnused));
         assert_eq!(nbd("nbd://host", |device| device.size = Some(Size(512))), Err(InvalidDevice::NbdSize));
-        assert_eq!(nbd("nbds://host", |_| {}), Err(InvalidDevice::NbdTls));
-        assert_eq!(nbd("nbds://host", |device| device.nbd_tls_dir = Some("a".into())), Ok(()));
-        assert_eq!(nbd("nbd://host", |device| device.nbd_tls_dir = Some("a".into())), Err(InvalidDevice::NbdTls));
+        assert_eq!(nbd("nbds://host", |_| {}), Err(InvalidNbdTls::NoCredentials.into()));
+        assert_eq!(check(|device| device.nbd_tls_username = Some("a".into())), Err(InvalidDevice::NbdUnused));
         assert_eq!(nbd("nbd://host", |device| device.cache = Some(Cache::Writethrough)), Ok(()));
         assert_eq!(nbd("nbd://host", |device| device.cache = Some(Cache::None)), Err(InvalidDevice::CacheUnused));
         let connections = nbd("nbd://host", |device| device.nbd_connections = Some(65));

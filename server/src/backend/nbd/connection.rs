@@ -1,13 +1,11 @@
 //! One queue's connection, on the thread of its worker: from link to link.
 
-use std::io::{Read, Write};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::rc::Rc;
 use std::sync::Arc;
 use std::{io, mem};
 
 use nix::sys::socket::{Shutdown, shutdown};
-use rustls::ClientConnection;
 
 use super::handshake::Agreement;
 use super::link::Link;
@@ -16,6 +14,7 @@ use super::replies::{Event, Replies, Violation};
 use super::request::Payload;
 use super::requests::Requests;
 use super::store::Shared;
+use super::tls::{Plain, Session, TlsError};
 use super::transfer::{Incoming, Outgoing, Transfer};
 use super::wire::{CHUNK_LEN, SIMPLE_REPLY_LEN};
 use crate::backend::uring::{Client, Uring};
@@ -40,16 +39,25 @@ enum Loss {
     #[error("the server breaks the protocol: {0}")]
     Violation(#[from] Violation),
     #[error("TLS: {0}")]
-    Tls(#[from] rustls::Error),
+    Tls(TlsError),
     #[error("no answer for {0} seconds")]
     Silence(u64),
+}
+
+impl From<TlsError> for Loss {
+    fn from(error: TlsError) -> Self {
+        match error {
+            TlsError::Io(error) => Self::System(error),
+            error => Self::Tls(error),
+        }
+    }
 }
 
 /// A link, with what it has in the ring.
 struct Up {
     client: Client<Transfer>,
     socket: Rc<OwnedFd>,
-    tls: Option<Box<ClientConnection>>,
+    tls: Option<Session>,
     agreement: Agreement,
     replies: Replies,
     /// Whether the kernel has the one or the other.
@@ -304,18 +312,13 @@ impl Up {
         let Some(tls) = &mut self.tls else { return Ok(parse(&mut self.replies, bytes, requests)?) };
         let mut plain = [0; PLAIN];
         while !bytes.is_empty() {
-            tls.read_tls(&mut bytes)?;
-            let state = tls.process_new_packets()?;
+            tls.receive(&mut bytes)?;
             loop {
-                match tls.reader().read(&mut plain) {
-                    Ok(0) => return Err(Loss::Closed),
-                    Ok(len) => parse(&mut self.replies, plain.get(..len).unwrap_or_default(), requests)?,
-                    Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
-                    Err(error) => return Err(error.into()),
+                match tls.read(&mut plain)? {
+                    Plain::Bytes(len) => parse(&mut self.replies, plain.get(..len).unwrap_or_default(), requests)?,
+                    Plain::Nothing => break,
+                    Plain::Closed => return Err(Loss::Closed),
                 }
-            }
-            if state.peer_has_closed() {
-                return Err(Loss::Closed);
             }
         }
         Ok(())
@@ -421,7 +424,7 @@ fn fill(outgoing: &mut Outgoing, requests: &mut Requests, agreement: &Agreement)
 /// Fills a message with requests, encrypted.
 fn encrypt(
     outgoing: &mut Outgoing,
-    tls: &mut ClientConnection,
+    tls: &mut Session,
     requests: &mut Requests,
     agreement: &Agreement,
 ) -> Result<(), Loss> {
@@ -431,7 +434,7 @@ fn encrypt(
         let Some((_, cookie, command, payload)) = requests.next(&agreement.export) else { break };
         plain.clear();
         command.encode(cookie, &mut plain);
-        tls.writer().write_all(&plain)?;
+        tls.write(&plain)?;
         written += plain.len();
         let mut left = if payload == Payload::Nothing { 0 } else { command.len as usize };
         written += left;
@@ -442,16 +445,12 @@ fn encrypt(
             if let (Payload::Buffers { .. }, Some(request)) = (payload, requests.request(cookie)) {
                 request.io.buffers.copy_to_slice(place, bytes);
             }
-            tls.writer().write_all(bytes)?;
+            tls.write(bytes)?;
             (place, left) = (place.saturating_add(bytes.len() as u64), left - bytes.len());
         }
     }
     let mut result = Ok(());
-    outgoing.append(|bytes| {
-        while tls.wants_write() && result.is_ok() {
-            result = tls.write_tls(bytes).map(drop);
-        }
-    });
+    outgoing.append(|bytes| result = tls.send(bytes));
     Ok(result?)
 }
 

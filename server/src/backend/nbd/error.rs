@@ -3,6 +3,8 @@
 use std::io;
 use std::path::PathBuf;
 
+use super::tls::TlsError;
+
 /// An export that cannot be used.
 #[derive(Debug, thiserror::Error)]
 #[error("{uri}: {reason}")]
@@ -50,12 +52,17 @@ pub(super) enum HandshakeError {
     BlockSizes { minimum: u32, preferred: u32, maximum: u32 },
     #[error("the export has changed: its size is another, or it can do less than before; start this server anew")]
     Changed,
-    #[error("nbd_tls_dir must name the folder with ca-cert.pem; pre-shared keys are not supported")]
-    NoCertificates,
+    #[error(
+        "nbds:// needs the folder of its certificates (nbd_tls_dir), or the file of a pre-shared key (nbd_tls_psk_file)"
+    )]
+    NoCredentials,
+    #[cfg(not(feature = "psk"))]
+    #[error("this program was built without pre-shared keys: see psk in docs/stores.md")]
+    NoPsk,
     #[error("TLS: {0}")]
     Tls(#[source] io::Error),
     #[error("{}: {why}", path.display())]
-    Certificate { path: PathBuf, why: String },
+    Credentials { path: PathBuf, why: String },
     #[error("{0:?} is no name that a certificate could have been issued for")]
     HostName(String),
 }
@@ -65,11 +72,17 @@ fn told(message: &str) -> String {
     if message.is_empty() { String::new() } else { format!(": {message:?}") }
 }
 
+impl From<TlsError> for HandshakeError {
+    fn from(error: TlsError) -> Self {
+        io::Error::from(error).into()
+    }
+}
+
 impl From<io::Error> for HandshakeError {
     fn from(error: io::Error) -> Self {
         match error.kind() {
             io::ErrorKind::TimedOut => Self::Timeout,
-            // What rustls makes of what it does not like.
+            // What TLS does not like, see `TlsError`.
             io::ErrorKind::InvalidData => Self::Tls(error),
             _ => Self::Io(error),
         }

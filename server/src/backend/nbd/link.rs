@@ -4,13 +4,11 @@ use std::io::{Read, Write};
 use std::os::fd::OwnedFd;
 use std::time::{Duration, Instant};
 
-use rustls::ClientConnection;
-
 use super::error::HandshakeError;
 use super::handshake::{self, Agreement};
 use super::replies::{Asked, Event, Outstanding, Replies, Violation};
 use super::socket::{Resolved, Stream};
-use super::tls::Tls;
+use super::tls::{Encrypted, Session, Tls};
 use super::wire::{self, Command, CommandType};
 
 /// How to reach an export.
@@ -25,7 +23,7 @@ pub(super) struct Dialer {
 #[derive(Debug)]
 pub(super) struct Link {
     pub(super) socket: OwnedFd,
-    pub(super) tls: Option<Box<ClientConnection>>,
+    pub(super) tls: Option<Session>,
     pub(super) agreement: Agreement,
 }
 
@@ -40,9 +38,10 @@ impl Dialer {
             None => (None, handshake::negotiate(&mut stream, &self.export)?),
             Some(tls) => {
                 handshake::start_tls(&mut stream)?;
-                let mut session = Box::new(tls.session()?);
-                let agreement =
-                    handshake::negotiate(&mut rustls::Stream::new(&mut *session, &mut stream), &self.export)?;
+                let mut session = tls.session()?;
+                session.handshake(&mut stream)?;
+                let mut encrypted = Encrypted { session: &mut session, stream: &mut stream };
+                let agreement = handshake::negotiate(&mut encrypted, &self.export)?;
                 (Some(session), agreement)
             }
         };
@@ -71,7 +70,7 @@ impl Link {
         let mut stream = Stream { socket, deadline: Instant::now() + limit };
         match tls {
             None => flush(&mut stream, agreement.structured),
-            Some(tls) => flush(&mut rustls::Stream::new(&mut **tls, &mut stream), agreement.structured),
+            Some(session) => flush(&mut Encrypted { session, stream: &mut stream }, agreement.structured),
         }
     }
 }

@@ -41,6 +41,7 @@ mod wire;
 pub use error::NbdError;
 pub use replies::{Asked, Event, Outstanding, Replies, Violation};
 pub use store::{NbdOptions, NbdStore};
+pub use tls::Credentials;
 pub use uri::{InvalidUri, NbdUri};
 
 #[cfg(test)]

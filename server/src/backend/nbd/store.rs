@@ -1,7 +1,6 @@
 //! The store: what all queues of a device share.
 
 use std::io;
-use std::path::PathBuf;
 use std::rc::Rc;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -14,7 +13,7 @@ use super::export::Export;
 use super::link::{Dialer, Link};
 use super::reconnect::{Attendant, FLUSH_LIMIT, HANDSHAKE_LIMIT, Order, Port, Watch};
 use super::socket::Resolved;
-use super::tls::Tls;
+use super::tls::{Credentials, Tls};
 use super::uri::NbdUri;
 use crate::backend::uring::{Uring, Waker};
 use crate::backend::{Backend, Service, Store, StoreInfo};
@@ -30,10 +29,8 @@ pub struct NbdOptions {
     pub connections: u16,
     /// How long requests wait for a server that is gone or silent before they fail.
     pub deadline: Duration,
-    /// The folder of the certificates, for TLS.
-    pub tls_dir: Option<PathBuf>,
-    /// The name in the server's certificate, if it is another than the URI's host.
-    pub tls_hostname: Option<String>,
+    /// For TLS, which the URI asks for.
+    pub credentials: Option<Credentials>,
 }
 
 /// An export of an NBD server.
@@ -100,10 +97,10 @@ impl NbdStore {
 
     fn connect(options: NbdOptions) -> Result<Self, HandshakeError> {
         let NbdUri { address, export, tls, .. } = &options.uri;
-        let tls = match (tls, &options.tls_dir) {
+        let tls = match (tls, &options.credentials) {
             (false, _) => None,
-            (true, Some(dir)) => Some(Tls::load(dir, options.tls_hostname.as_deref(), address)?),
-            (true, None) => return Err(HandshakeError::NoCertificates),
+            (true, Some(credentials)) => Some(Tls::load(credentials, address)?),
+            (true, None) => return Err(HandshakeError::NoCredentials),
         };
         let dialer = Dialer { address: Resolved::of(address)?, export: export.clone(), tls };
         let link = dialer.dial(HANDSHAKE_LIMIT)?;

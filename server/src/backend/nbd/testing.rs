@@ -184,8 +184,7 @@ impl Server {
             read_only: false,
             connections: 8,
             deadline: Duration::from_secs(60),
-            tls_dir: None,
-            tls_hostname: None,
+            credentials: None,
         }
     }
 

@@ -1,7 +1,7 @@
-//! NBD URIs, as the NBD project's specification of them has them (doc/uri.md).
+//! NBD URIs, as the NBD project's specification of them has them (doc/uri.md), with libnbd's `tls-psk-file`.
 
 use std::fmt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
@@ -12,7 +12,8 @@ const DEFAULT_PORT: u16 = 10809;
 const MAX_EXPORT: usize = 4096;
 
 /// Where an export is: `nbd://HOST[:PORT]/EXPORT` or `nbd+unix:///EXPORT?socket=PATH`, with `nbds` in place of `nbd` for
-/// TLS. Export and path may be percent-encoded.
+/// TLS. For a pre-shared key of TLS, `USERNAME@` before the host says whose, and the parameter `tls-psk-file=PATH` which file
+/// it is in. Names and paths may be percent-encoded.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(try_from = "String", into = "String")]
 pub struct NbdUri {
@@ -20,6 +21,8 @@ pub struct NbdUri {
     pub(super) address: Address,
     pub(super) export: String,
     pub(super) tls: bool,
+    username: Option<String>,
+    psk_file: Option<PathBuf>,
 }
 
 /// Where a server listens.
@@ -45,7 +48,7 @@ enum Flaw {
     NoHost,
     #[error("the port must be a number from 1 to 65535")]
     Port,
-    #[error("a user's name belongs to pre-shared keys of TLS, which are not supported: use certificates")]
+    #[error("what stands before @ must be a user's name, without a password")]
     User,
     #[error("an address between brackets must be one of IPv6")]
     Brackets,
@@ -53,8 +56,13 @@ enum Flaw {
     HostOfUnix,
     #[error("?socket=PATH, from the root, must say where the socket is")]
     NoSocket,
-    #[error("socket is the only parameter, and only for nbd+unix and nbds+unix; certificates are named by nbd_tls_dir")]
+    #[error(
+        "the parameters are socket=PATH, for nbd+unix and nbds+unix only, and tls-psk-file=PATH, each at most once; \
+             certificates are named by nbd_tls_dir"
+    )]
     Parameter,
+    #[error("tls-psk-file must be a path from the root")]
+    RelativeFile,
     #[error("% must be followed by two hexadecimal digits, not 00, and what they make must be UTF-8")]
     Percent,
     #[error("the export's name has more than 4096 bytes")]
@@ -67,6 +75,16 @@ impl NbdUri {
     /// Whether the connection is to be encrypted.
     pub fn is_tls(&self) -> bool {
         self.tls
+    }
+
+    /// Whose pre-shared key is meant.
+    pub fn username(&self) -> Option<&str> {
+        self.username.as_deref()
+    }
+
+    /// The file of the pre-shared key.
+    pub fn psk_file(&self) -> Option<&Path> {
+        self.psk_file.as_deref()
     }
 }
 
@@ -94,12 +112,11 @@ impl FromStr for NbdUri {
     type Err = InvalidUri;
 
     fn from_str(text: &str) -> Result<Self, InvalidUri> {
-        let (address, export, tls) = parse(text).map_err(|why| InvalidUri { text: text.to_owned(), why })?;
-        Ok(Self { text: text.to_owned(), address, export, tls })
+        parse(text).map_err(|why| InvalidUri { text: text.to_owned(), why })
     }
 }
 
-fn parse(text: &str) -> Result<(Address, String, bool), Flaw> {
+fn parse(text: &str) -> Result<NbdUri, Flaw> {
     let (scheme, rest) = text.split_once("://").ok_or(Flaw::Scheme)?;
     let (unix, tls) = match scheme {
         "nbd" => (false, false),
@@ -117,27 +134,43 @@ fn parse(text: &str) -> Result<(Address, String, bool), Flaw> {
     if export.len() > MAX_EXPORT {
         return Err(Flaw::LongExport);
     }
+    let (username, authority) = match authority.rsplit_once('@') {
+        Some((username, authority)) => (Some(user(username)?), authority),
+        None => (None, authority),
+    };
+    let (mut socket, mut psk_file) = (None, None);
+    for parameter in query.into_iter().flat_map(|query| query.split('&')) {
+        let place = match parameter.split_once('=') {
+            Some(("socket", path)) if unix => (&mut socket, path),
+            Some(("tls-psk-file", path)) => (&mut psk_file, path),
+            _ => return Err(Flaw::Parameter),
+        };
+        if place.0.replace(PathBuf::from(decode(place.1)?)).is_some() {
+            return Err(Flaw::Parameter);
+        }
+    }
+    if psk_file.as_ref().is_some_and(|path| !path.is_absolute()) {
+        return Err(Flaw::RelativeFile);
+    }
     let address = if unix {
         if !authority.is_empty() {
             return Err(Flaw::HostOfUnix);
         }
-        let path = query.ok_or(Flaw::NoSocket)?.strip_prefix("socket=").ok_or(Flaw::Parameter)?;
-        if path.contains('&') {
-            return Err(Flaw::Parameter);
-        }
-        Some(PathBuf::from(decode(path)?)).filter(|path| path.is_absolute()).map(Address::Unix).ok_or(Flaw::NoSocket)?
-    } else if query.is_some() {
-        return Err(Flaw::Parameter);
+        socket.filter(|path| path.is_absolute()).map(Address::Unix).ok_or(Flaw::NoSocket)?
     } else {
         tcp(authority)?
     };
-    Ok((address, export, tls))
+    Ok(NbdUri { text: text.to_owned(), address, export, tls, username, psk_file })
+}
+
+fn user(text: &str) -> Result<String, Flaw> {
+    if text.contains([':', '@']) {
+        return Err(Flaw::User);
+    }
+    decode(text).ok().filter(|name| !name.is_empty()).ok_or(Flaw::User)
 }
 
 fn tcp(authority: &str) -> Result<Address, Flaw> {
-    if authority.contains('@') {
-        return Err(Flaw::User);
-    }
     let (host, port) = match authority.strip_prefix('[') {
         Some(rest) => {
             let (host, port) = rest.split_once(']').ok_or(Flaw::Brackets)?;
@@ -186,11 +219,24 @@ mod tests {
             ("nbd://[fe80::1]:77/x", tcp("fe80::1", 77), "x", false),
             ("nbd+unix:///?socket=/run/a.sock", Address::Unix("/run/a.sock".into()), "", false),
             ("nbds+unix:///disk?socket=/run/a%26b", Address::Unix("/run/a&b".into()), "disk", true),
+            ("nbds://alice@host/a?tls-psk-file=/k", tcp("host", 10809), "a", true),
+            ("nbds+unix://a@/?tls-psk-file=/k&socket=/s", Address::Unix("/s".into()), "", true),
         ] {
             let uri: NbdUri = text.parse().unwrap();
             assert_eq!((uri.address.clone(), uri.export.as_str(), uri.is_tls()), (address, export, tls), "{text}");
             assert_eq!(uri.to_string(), text);
         }
+    }
+
+    #[test]
+    fn a_key_and_whose_it_is() {
+        let uri = |text: &str| text.parse::<NbdUri>().unwrap();
+        let both = uri("nbds+unix://al%20ice@/disk?socket=/s&tls-psk-file=/etc/%6beys");
+        assert_eq!((both.username(), both.psk_file()), (Some("al ice"), Some(Path::new("/etc/keys"))));
+        let file = uri("nbds://host?tls-psk-file=/k");
+        assert_eq!((file.username(), file.psk_file()), (None, Some(Path::new("/k"))));
+        let user = uri("nbds://alice@[::1]:7/");
+        assert_eq!((user.username(), user.psk_file()), (Some("alice"), None));
     }
 
     #[test]
@@ -209,7 +255,14 @@ mod tests {
             ("nbd://[::1", Flaw::Brackets),
             ("nbd://[host]/", Flaw::Brackets),
             ("nbd://[::1]7/", Flaw::Brackets),
-            ("nbds://alice@host/", Flaw::User),
+            ("nbds://@host/", Flaw::User),
+            ("nbds://alice:secret@host/", Flaw::User),
+            ("nbds://a%00@host/", Flaw::User),
+            ("nbds://host/?tls-psk-file=keys.psk", Flaw::RelativeFile),
+            ("nbds://host/?tls-psk-file=/a&tls-psk-file=/b", Flaw::Parameter),
+            ("nbds://host/?", Flaw::Parameter),
+            ("nbd+unix:///?socket=/a&socket=/b", Flaw::Parameter),
+            ("nbds://a@b@host/", Flaw::User),
             ("nbd://host/?socket=/a", Flaw::Parameter),
             ("nbd+unix:///", Flaw::NoSocket),
             ("nbd+unix:///?socket=a", Flaw::NoSocket),
