@@ -190,7 +190,8 @@ impl Store for OverlayStore {
     }
 
     fn resize(&self, _: Option<u64>) -> io::Result<u64> {
-        Err(io::ErrorKind::Unsupported.into())
+        let why = "an overlay has the size that it was made with; make another one, with a size";
+        Err(io::Error::new(io::ErrorKind::Unsupported, why))
     }
 }
 
