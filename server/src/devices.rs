@@ -14,6 +14,7 @@ use crate::backend::overlay::{Emptied, EmptyError, Emptying, OverlayStore};
 use crate::backend::power_cut::{PowerCut, Survivors};
 use crate::config::{DeviceConfig, FabricConfig, FaultConfig, InvalidServer, ServerConfig};
 use crate::faults::{DeviceFaults, Told};
+use crate::growing::Growing;
 use crate::listener::Listener;
 use crate::metrics::{DeviceMetrics, Statistics};
 use crate::sandbox::{Entrance, Sandbox, ThreadKind};
@@ -65,6 +66,8 @@ pub(crate) struct Devices {
     /// When they began to be.
     since: Instant,
     fabrics: Vec<FabricConfig>,
+    /// Those that others may make larger.
+    growing: Growing,
 }
 
 /// A device as others than its session see it.
@@ -263,6 +266,7 @@ impl Devices {
             iopoll: config.devices.iter().any(|device| device.iopoll),
             since: Instant::now(),
             fabrics: config.fabrics.clone(),
+            growing: Growing::default(),
         }
     }
 
@@ -310,7 +314,12 @@ impl Devices {
                 session.run()
             },
         )?;
-        served.push(Served { handle, thread, ended });
+        let device_size = handle.built_in.device_size.clone();
+        served.push(Served { handle: handle.clone(), thread, ended });
+        drop(served);
+        if let Some(size) = device_size {
+            self.growing.watch(handle, size, &self.stop, &self.sandbox)?;
+        }
         Ok(())
     }
 
@@ -412,6 +421,7 @@ impl Devices {
             let ended = join(served);
             result = result.and(ended);
         }
+        self.growing.join();
         result
     }
 }

@@ -36,8 +36,8 @@ use std::sync::{Arc, Mutex};
 
 pub use base::Base;
 use commit::StoredMap;
-pub(crate) use emptying::Emptying;
 pub use emptying::{Emptied, EmptyError};
+pub(crate) use emptying::{Emptying, Progress};
 use emptying::{Own, Whole};
 pub use error::{OverlayError, OverlayFailure};
 use format::{Fate, Header};
