@@ -10,7 +10,7 @@ use crossbeam::channel::{Receiver, RecvTimeoutError, bounded};
 
 use crate::backend::Store;
 use crate::backend::hold::HeldRequests;
-use crate::backend::overlay::{Emptied, EmptyError, Emptying, OverlayStore};
+use crate::backend::overlay::{Emptied, EmptyError, Emptying, OverlayStore, Progress};
 use crate::backend::power_cut::{PowerCut, Survivors};
 use crate::config::{DeviceConfig, FabricConfig, FaultConfig, InvalidServer, ServerConfig};
 use crate::faults::{DeviceFaults, Told};
@@ -168,6 +168,11 @@ impl Handle {
 
     fn overlay(&self) -> Option<Arc<OverlayStore>> {
         self.built_in.overlay.as_ref()?.upgrade()
+    }
+
+    /// How far a commit of its overlay is; `None` if there is none under way.
+    pub(crate) fn commit_progress(&self) -> Option<Progress> {
+        self.overlay().and_then(|overlay| overlay.progress())
     }
 
     /// Does something to its overlay as a whole, while its queues are stopped. They are stopped before, and go on after it, unless

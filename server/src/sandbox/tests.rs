@@ -218,7 +218,10 @@ fn what_an_operator_has_named_is_open_to_control() {
     let (ours, other) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
     let files = [&ours, &other].map(|folder| folder.path().join("file"));
     files.iter().for_each(|file| fs::write(file, "text").unwrap());
-    let parts = |allowed: &[PathBuf]| (Files::new(&[], &[]).unwrap(), Files::for_control(&[], allowed).unwrap());
+    let parts = |allowed: &[PathBuf]| {
+        let folders: Vec<_> = allowed.iter().map(PathBuf::as_path).collect();
+        (Files::new(&folders, &[]).unwrap(), Files::for_control(&folders, allowed).unwrap())
+    };
     let (session, control) = parts(&[ours.path().to_owned(), files[1].clone()]);
     let enforced = aside(|| {
         let Some(_abi) = control.restrict().unwrap() else { return false };
