@@ -1,4 +1,7 @@
-//! Another size for a qcow2 image.
+//! A larger size for a qcow2 image.
+//!
+//! A smaller one there is not: imago gives each part that is cut off a table of its own first, gigabytes of them where an image is
+//! large and empty.
 //!
 //! imago makes an image larger by writing its header twice, with the place of a larger L1 table and with the size, and waits for
 //! nothing in between. Here the header stays in the file as it was until all that it is going to speak of is on stable storage:
@@ -45,7 +48,7 @@ impl Fields {
 }
 
 impl Disk {
-    /// Gives an image of `now` bytes `wanted` bytes. What is new reads as zeroes; what is cut off is lost, also if it fails then.
+    /// Gives an image of `now` bytes `wanted` bytes, which are more. What is new reads as zeroes.
     ///
     /// # Errors
     /// If it cannot have that many; it has as many as before then.
@@ -53,6 +56,10 @@ impl Disk {
         let _watch = super::Watch(&self.half_done);
         let refused = |why: String| Err(io::Error::new(io::ErrorKind::InvalidInput, why));
         let Some(mark) = &self.mark else { return refused(format!("it is read-only, and has {now} bytes")) };
+        if wanted < now {
+            let why = "it gets no smaller while it is served; qemu-img resize --shrink makes it smaller when it is not";
+            return refused(why.to_owned());
+        }
         // An entry of the L1 table is of a cluster of entries, of which each is of a cluster.
         let reach = self.cluster_size.saturating_mul(self.cluster_size / 8).max(1);
         let most = (MAX_L1 / 8).saturating_mul(reach);
@@ -60,9 +67,6 @@ impl Disk {
             return refused(format!("with clusters of {} bytes an image has {most} bytes at most", self.cluster_size));
         }
         let mut image = self.alone();
-        if wanted < now {
-            return image.resize_shrink(wanted);
-        }
         let grown = grow(&mut image, mark.file(), now, wanted);
         if grown.is_err() && image.resize_shrink(now).is_err() {
             // What its header has is not known: whoever opens it next is to look.
