@@ -1,8 +1,9 @@
 //! `vfio-user-blk ctl`: an operator's words to a running server, and its answers as people read them.
 
 mod faults;
+mod waiting;
 
-use std::io::{self, Write};
+use std::io::{self, IsTerminal, Write};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
@@ -17,7 +18,11 @@ use vfio_user_blk::control::ControlClient;
 pub(crate) fn run(arguments: &CtlArgs) -> Result<()> {
     let mut server = connect(&arguments.socket)?;
     let (method, params) = call(&arguments.command)?;
-    let result = server.call(method, &params)?;
+    let result = if arguments.json || !io::stderr().is_terminal() {
+        server.call(method, &params)?
+    } else {
+        waiting::call(&mut server, &arguments.socket, (method, &params), &mut io::stderr())?
+    };
     let text = if arguments.json { format!("{result:#}\n") } else { tell(&arguments.command, &result) };
     io::stdout().lock().write_all(text.as_bytes()).context("cannot write to standard output")
 }
@@ -175,7 +180,9 @@ fn table(devices: &Value) -> String {
     let mut rows = vec![["DEVICE", "SIZE", "QUEUES", "STATE", "CLIENT", "WHAT"].map(str::to_owned).to_vec()];
     for device in devices.as_array().into_iter().flatten() {
         let held = &device["held"];
+        let commit = &device["commit"];
         let state = match (device["paused"] == true, device["client"].is_null()) {
+            _ if commit.is_object() => format!("committed to {} %", percent(commit)),
             _ if held["error"].is_string() => format!("holds {}: {}", held["requests"], text(&held["error"])),
             (true, _) => "paused".to_owned(),
             (false, true) => "waits".to_owned(),
@@ -199,6 +206,12 @@ fn table(devices: &Value) -> String {
         ]);
     }
     aligned(&rows)
+}
+
+/// How much of a commit is done.
+fn percent(commit: &Value) -> u128 {
+    let number = |key: &str| u128::from(commit[key].as_u64().unwrap_or(0));
+    number("looked_at") * 100 / number("size").max(1)
 }
 
 /// Rows of cells, in columns as wide as they have to be.
@@ -231,10 +244,13 @@ mod tests {
             { "name": "/run/vfio-user-blk/data.sock", "size": 512, "num_queues": 1, "paused": true, "read_only": true,
               "client": null, "description": "memory", "limits": { "iops": 100 },
               "fabric": { "round_trip": "1ms" } },
+            { "name": "c", "size": 512, "num_queues": 1, "paused": true, "read_only": false, "client": null,
+              "description": "overlay", "commit": { "looked_at": 256, "size": 512, "written": 0 } },
         ]);
         let table = table(&devices);
         let lines: Vec<_> = table.lines().collect();
-        assert_eq!(lines.len(), 3);
+        assert_eq!(lines.len(), 4);
+        assert!(lines[3].contains("committed to 50 %"), "{table}");
         assert!(lines[1].starts_with("root                          1 GiB      4       in use"), "{table}");
         assert!(lines[1].ends_with("process 12, user 107  root.img"), "{table}");
         assert!(lines[2].ends_with("memory; limits iops=100; fabric round_trip=1ms"), "{table}");

@@ -10,10 +10,11 @@ use crossbeam::channel::{Receiver, RecvTimeoutError, bounded};
 
 use crate::backend::Store;
 use crate::backend::hold::HeldRequests;
-use crate::backend::overlay::{Emptied, EmptyError, Emptying, OverlayStore};
+use crate::backend::overlay::{Emptied, EmptyError, Emptying, OverlayStore, Progress};
 use crate::backend::power_cut::{PowerCut, Survivors};
 use crate::config::{DeviceConfig, FabricConfig, FaultConfig, InvalidServer, ServerConfig};
 use crate::faults::{DeviceFaults, Told};
+use crate::growing::Growing;
 use crate::listener::Listener;
 use crate::metrics::{DeviceMetrics, Statistics};
 use crate::sandbox::{Entrance, Sandbox, ThreadKind};
@@ -65,6 +66,8 @@ pub(crate) struct Devices {
     /// When they began to be.
     since: Instant,
     fabrics: Vec<FabricConfig>,
+    /// Those that others may make larger.
+    growing: Growing,
 }
 
 /// A device as others than its session see it.
@@ -167,6 +170,11 @@ impl Handle {
         self.built_in.overlay.as_ref()?.upgrade()
     }
 
+    /// How far a commit of its overlay is; `None` if there is none under way.
+    pub(crate) fn commit_progress(&self) -> Option<Progress> {
+        self.overlay().and_then(|overlay| overlay.progress())
+    }
+
     /// Does something to its overlay as a whole, while its queues are stopped. They are stopped before, and go on after it, unless
     /// they were stopped already. `may_begin` is asked once they stand.
     ///
@@ -263,6 +271,7 @@ impl Devices {
             iopoll: config.devices.iter().any(|device| device.iopoll),
             since: Instant::now(),
             fabrics: config.fabrics.clone(),
+            growing: Growing::default(),
         }
     }
 
@@ -310,7 +319,12 @@ impl Devices {
                 session.run()
             },
         )?;
-        served.push(Served { handle, thread, ended });
+        let device_size = handle.built_in.device_size.clone();
+        served.push(Served { handle: handle.clone(), thread, ended });
+        drop(served);
+        if let Some(size) = device_size {
+            self.growing.watch(handle, size, &self.stop, &self.sandbox)?;
+        }
         Ok(())
     }
 
@@ -412,6 +426,7 @@ impl Devices {
             let ended = join(served);
             result = result.and(ended);
         }
+        self.growing.join();
         result
     }
 }

@@ -13,6 +13,7 @@ mod devices;
 mod diagnosis;
 mod doorbell_page;
 mod faults;
+mod growing;
 mod inherited;
 mod listener;
 mod metrics;

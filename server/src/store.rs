@@ -114,7 +114,16 @@ pub(crate) fn open(
     faults: &Arc<Faults>,
 ) -> Result<(Arc<dyn Store>, BuiltIn), StoreError> {
     let Some(kind) = config.overlay() else {
-        return built_in::with_layers(open_plain(config, entrance)?, None, config, faults, entrance);
+        let (store, device_size): (Arc<dyn Store>, _) = match (config.store_kind(), &config.blk_file) {
+            (StoreKind::File, Some(path)) => {
+                let store = open_file(path, config)?;
+                let device_size = store.device_size();
+                (Arc::new(store), device_size)
+            }
+            _ => (open_plain(config, entrance)?, None),
+        };
+        let (store, built_in) = built_in::with_layers(store, None, config, faults, entrance)?;
+        return Ok((store, BuiltIn { device_size, ..built_in }));
     };
     let overlay = Arc::new(open_overlay(kind, config, entrance, bases)?);
     let weak = Arc::downgrade(&overlay);
@@ -138,22 +147,24 @@ fn open_overlay(
     Ok(OverlayStore::open(&base, &OverlayOptions { place, size, limit })?)
 }
 
+fn open_file(path: &Path, config: &DeviceConfig) -> Result<FileStore, StoreError> {
+    check_ring(path)?;
+    Ok(FileStore::open(&FileOptions {
+        path: path.to_owned(),
+        read_only: config.read_only,
+        cache: file_cache(config),
+        size: config.size.map(|size| size.0),
+        fixed_buffers: config.fixed_buffers,
+        iopoll: config.iopoll,
+    })?)
+}
+
+/// A store that is no plain file.
 fn open_plain(config: &DeviceConfig, entrance: &Entrance) -> Result<Arc<dyn Store>, StoreError> {
     let size = config.size_or_default();
     let disk = |source| StoreError::Disk { socket_path: config.socket_path.clone(), size: Size(size), source };
     Ok(match (config.store_kind(), &config.blk_file) {
         (StoreKind::Null, _) => Arc::new(NullStore::new(size).map_err(disk)?),
-        (StoreKind::File, Some(path)) => {
-            check_ring(path)?;
-            Arc::new(FileStore::open(&FileOptions {
-                path: path.clone(),
-                read_only: config.read_only,
-                cache: file_cache(config),
-                size: config.size.map(|size| size.0),
-                fixed_buffers: config.fixed_buffers,
-                iopoll: config.iopoll,
-            })?)
-        }
         (StoreKind::Nbd, _) => Arc::new(open_nbd(config, config.read_only)?),
         (kind @ (StoreKind::Qcow2 | StoreKind::Vmdk), Some(path)) => {
             Arc::new(ImageStore::open(&image_options(kind, path, config), entrance)?)

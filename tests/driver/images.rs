@@ -17,13 +17,13 @@ use crate::workload::Workload;
 const SECTOR: usize = 512;
 
 /// What qemu-img answers in a folder.
-fn answer(folder: &Path, arguments: &[&str]) -> Output {
+pub(crate) fn answer(folder: &Path, arguments: &[&str]) -> Output {
     let mut qemu_img = Tool::QemuImg.command(&Progress::silent()).unwrap();
     qemu_img.current_dir(folder).args(arguments).output().unwrap()
 }
 
 /// Has qemu-img do something in a folder.
-fn qemu_img(folder: &Path, arguments: &[&str]) {
+pub(crate) fn qemu_img(folder: &Path, arguments: &[&str]) {
     let output = answer(folder, arguments);
     assert!(output.status.success(), "qemu-img {arguments:?}: {output:?}");
 }
@@ -45,14 +45,14 @@ fn serve(cache: Cache, image: &str, prepare: impl FnOnce(&Path)) -> Rig {
 }
 
 /// What is in an image, as QEMU reads it, after it has found no fault with it.
-fn contents(folder: &Path, image: &str) -> Vec<u8> {
+pub(crate) fn contents(folder: &Path, image: &str) -> Vec<u8> {
     qemu_img(folder, &["check", image]);
     qemu_img(folder, &["convert", "-O", "raw", image, "contents"]);
     fs::read(folder.join("contents")).unwrap()
 }
 
 /// Random bytes.
-fn random_bytes(seed: u64, len: u64) -> Vec<u8> {
+pub(crate) fn random_bytes(seed: u64, len: u64) -> Vec<u8> {
     let mut bytes = vec![0; len as usize];
     Random::new(seed).fill(&mut bytes);
     bytes

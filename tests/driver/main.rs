@@ -35,6 +35,7 @@ mod power_cut;
 mod process;
 mod protocol;
 mod requests;
+mod resize;
 mod rig;
 mod sandbox;
 mod scale;

@@ -1,6 +1,8 @@
 //! Disks that start as copies of one image.
 
 use std::fs;
+use std::io::{BufRead, BufReader, Write};
+use std::os::unix::net::UnixListener;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
@@ -317,4 +319,117 @@ fn a_server_killed_in_the_middle_of_a_commit_has_the_same_disk() {
     assert!(done, "{said}");
     let folder = server.stop();
     assert!(fs::read(folder.path().join("golden.img")).unwrap() == disk);
+}
+
+/// The base is smaller than the disk, and grows with the first commit, wherever that is cut off.
+#[test]
+fn a_server_killed_while_it_makes_a_base_larger_has_the_same_disk() {
+    const LARGER: u64 = DISK + (5 << 20) + 512;
+    let mut random = Random::new(10);
+    let mut grown = 0;
+    for round in 0..10 {
+        let folder = tempfile::tempdir().unwrap();
+        let mut disk = golden(folder.path());
+        disk.resize(LARGER as usize, 0);
+        let arguments = |folder: &Path| {
+            let more = ["--control-allow".into(), folder.display().to_string(), "--size".into(), LARGER.to_string()];
+            with_operator(folder, &more)
+        };
+        let server = Served::start_in(folder, arguments);
+        let mut machine = Machine::new(server.client(), &Default::default());
+        for _ in 0..200 {
+            let len = 1 + random.below(100);
+            let first = random.below(LARGER / 512 - len);
+            let data = &mut disk[first as usize * 512..][..len as usize * 512];
+            random.fill(data);
+            machine.queues[0].write(first, data).unwrap();
+        }
+        machine.queues[0].flush().unwrap();
+        drop(machine);
+        let control = server.folder().join("control.sock");
+        let folder = thread::scope(|scope| {
+            let mut operator = ControlClient::connect(&control).unwrap();
+            let commit = scope.spawn(move || operator.call("device.commit", &json!({ "device": "blk" })).is_ok());
+            for _ in 0..random.below(3000) {
+                thread::yield_now();
+            }
+            server.signal(Signal::SIGKILL);
+            let (_, _, folder) = server.wait();
+            commit.join().unwrap();
+            folder
+        });
+        for name in ["blk.sock", "control.sock"] {
+            let _gone = fs::remove_file(folder.path().join(name));
+        }
+        let golden = folder.path().join("golden.img");
+        grown += usize::from(fs::metadata(&golden).unwrap().len() == LARGER);
+        let server = Served::start_in(folder, arguments);
+        let mut machine = Machine::new(server.client(), &Default::default());
+        let mut found = vec![0; LARGER as usize];
+        machine.queues[0].read(0, &mut found[..DISK as usize]).unwrap();
+        machine.queues[0].read(DISK / 512, &mut found[DISK as usize..]).unwrap();
+        assert!(found == disk, "round {round}");
+        let (done, said) = ctl(&server, &["commit", "blk"]);
+        assert!(done, "{said}");
+        machine.queues[0].read(DISK / 512, &mut found[DISK as usize..]).unwrap();
+        assert!(found == disk && fs::read(&golden).unwrap() == disk);
+        drop(machine);
+        server.stop();
+    }
+    println!("{grown} of 10 bases had grown");
+}
+
+/// What a terminal shows: a server that is slow is played by the test, so that nothing depends on how fast a disk is.
+#[test]
+fn a_terminal_shows_how_far_a_commit_is() {
+    let folder = tempfile::tempdir().unwrap();
+    let socket = folder.path().join("control.sock");
+    let listener = UnixListener::bind(&socket).unwrap();
+    let playing = thread::spawn(move || {
+        let [mut waiting, mut asking] = [(); 2].map(|()| BufReader::new(listener.accept().unwrap().0));
+        let mut line = String::new();
+        waiting.read_line(&mut line).unwrap();
+        assert!(line.contains("device.commit") && line.contains("vm1"), "{line}");
+        for looked_at in [1_u64 << 20, 3 << 20] {
+            line.clear();
+            asking.read_line(&mut line).unwrap();
+            assert!(line.contains("device.progress") && line.contains("vm1"), "{line}");
+            let id = serde_json::from_str::<serde_json::Value>(&line).unwrap()["id"].clone();
+            let commit = json!({ "looked_at": looked_at, "size": 4 << 20, "written": 1 << 20 });
+            let reply = json!({ "jsonrpc": "2.0", "id": id, "result": { "device": "vm1", "commit": commit } });
+            writeln!(asking.get_mut(), "{reply}").unwrap();
+        }
+        // It has shown what it was told when it asks again.
+        asking.read_line(&mut line).unwrap();
+        let result = json!({ "device": "vm1", "written": 4096, "zeroed": 0, "freed": 4096, "seconds": 1.5 });
+        writeln!(waiting.get_mut(), "{}", json!({ "jsonrpc": "2.0", "id": 1, "result": result })).unwrap();
+    });
+    let program = command().get_program().to_str().unwrap().to_owned();
+    let words = format!("{program} ctl --socket {} commit vm1", socket.display());
+    // Its standard streams are a terminal's there.
+    let output = std::process::Command::new("script").args(["-q", "-e", "-c", &words, "/dev/null"]).output().unwrap();
+    let said = String::from_utf8(output.stdout).unwrap();
+    assert!(output.status.success(), "{said}");
+    playing.join().unwrap();
+    let places = [" 25 % of 4 MiB, 1 MiB written", " 75 % of 4 MiB", "vm1: 4 KiB written into its base"];
+    let places = places.map(|words| said.find(words).unwrap_or_else(|| panic!("{words} is not in {said:?}")));
+    assert!(places.is_sorted() && said[places[1]..places[2]].contains("\r\x1b[K"), "{said:?}");
+}
+
+/// Who does not look at a terminal gets the result, and nothing else; who asks while nothing is done is told that.
+#[test]
+fn a_commit_is_silent_where_there_is_no_terminal() {
+    let server = Served::start(|folder| {
+        golden(folder);
+        with_operator(folder, &["--control-allow".into(), folder.display().to_string()])
+    });
+    let mut operator = ControlClient::connect(&server.folder().join("control.sock")).unwrap();
+    let progress = operator.call("device.progress", &json!({ "device": "blk" })).unwrap();
+    assert!(progress["commit"].is_null() && progress["device"].as_str().unwrap().ends_with("blk.sock"), "{progress}");
+    assert!(operator.call("device.list", &json!({})).unwrap()["devices"][0]["commit"].is_null());
+    let socket = server.folder().join("control.sock");
+    let output = command().arg("ctl").arg("--socket").arg(socket).args(["commit", "blk"]).output().unwrap();
+    assert!(output.status.success() && output.stderr.is_empty(), "{output:?}");
+    drop(operator);
+    server.stop();
 }

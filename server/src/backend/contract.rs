@@ -19,7 +19,7 @@ use proptest::prelude::*;
 use virtio::memory::{Access, GuestMemory, Mapping, MemoryFile, PinnedBuffers, Release, SharedTable};
 
 use layers::{Before, Distant, Late, Limited, Retried};
-use stores::{Exported, FixedBuffers, Golden, Overlay, OverlayOver, StoredFile, StoredImage, Submitted};
+use stores::{Exported, FixedBuffers, Golden, LoopDevice, Overlay, OverlayOver, StoredFile, StoredImage, Submitted};
 
 use super::memory::MemoryStore;
 use super::null::NullStore;
@@ -670,6 +670,8 @@ contract! {
     file_direct: StoredFile<true>, operations blocks stable;
     file_fixed_buffers: StoredFile<true, FixedBuffers>, operations blocks stable;
     file_sqpoll: StoredFile<true, Submitted>, operations blocks stable;
+    loop_direct: LoopDevice<true>, operations blocks stable;
+    loop_buffered: LoopDevice<false>, operations blocks stable;
     file_buffered: StoredFile<false>, operations blocks stable;
     file_buffered_sqpoll: StoredFile<false, Submitted>, operations blocks stable;
     nbd_structured: Exported<true>, operations blocks stable;

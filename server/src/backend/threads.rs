@@ -1,12 +1,12 @@
 //! The queue of a store whose operations block: threads of the store's own do them, and wake the worker when one is done.
 
 use std::any::Any;
-use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::{self, JoinHandle};
+use std::{fmt, io};
 
 use crossbeam::channel::{Receiver, Sender, bounded, select, unbounded};
 use virtio::memory::PinnedBuffers;
@@ -18,17 +18,18 @@ use super::{Backend, Io, Op};
 use crate::sandbox::{Entrance, Sandbox, ThreadKind};
 
 /// Threads of one store, shared by all of its queues. Dropped, they end after what they were given.
-#[derive(Debug)]
-pub(super) struct Threads {
-    jobs: Option<Sender<Job>>,
+pub(super) struct Threads<S> {
+    jobs: Option<Sender<Job<S>>>,
     threads: Vec<JoinHandle<()>>,
 }
 
-#[derive(Debug)]
-enum Job {
+enum Job<S> {
     Do(Box<Io>, Arc<Desk>),
-    Flush(Sender<io::Result<()>>),
+    Call(Call<S>),
 }
+
+/// What one of them is to do besides operations.
+type Call<S> = Box<dyn FnOnce(&Shared<S>) + Send>;
 
 /// What all threads of a store have.
 struct Shared<S> {
@@ -38,15 +39,12 @@ struct Shared<S> {
     broken: AtomicBool,
 }
 
-impl Threads {
+impl<S: Execute + Send + Sync + 'static> Threads<S> {
     /// Starts so many threads, which do nothing before `entrance` is open. They own the store, which is dropped by the last.
     ///
     /// # Errors
     /// If the system has no threads.
-    pub(super) fn start<S>(store: S, name: &str, count: usize, entrance: &Entrance) -> io::Result<Self>
-    where
-        S: Execute + Send + Sync + 'static,
-    {
+    pub(super) fn start(store: S, name: &str, count: usize, entrance: &Entrance) -> io::Result<Self> {
         let (jobs, queue) = unbounded();
         let mut all = Self { jobs: Some(jobs), threads: Vec::new() };
         let shared = Arc::new(Shared { name: name.to_owned(), store, broken: AtomicBool::new(false) });
@@ -72,13 +70,26 @@ impl Threads {
 
     /// Has one of the threads flush the store, and waits for it.
     pub(super) fn flush(&self) -> io::Result<()> {
+        self.call("a flush", |store| store.execute(&Io { token: 0, op: Op::Flush, buffers: PinnedBuffers::default() }))
+    }
+
+    /// Has one of the threads do something, `what`, to the store, and waits for it.
+    pub(super) fn call<T: Send + 'static>(
+        &self,
+        what: &'static str,
+        work: impl FnOnce(&S) -> io::Result<T> + Send + 'static,
+    ) -> io::Result<T> {
         let (done, result) = bounded(1);
-        self.jobs.as_ref().and_then(|jobs| jobs.send(Job::Flush(done)).ok()).ok_or_else(gone)?;
+        let job = Job::Call(Box::new(move |shared: &Shared<S>| {
+            // Who asked has gone.
+            let _ = done.send(shared.guarded(&what, work));
+        }));
+        self.jobs.as_ref().and_then(|jobs| jobs.send(job).ok()).ok_or_else(gone)?;
         result.recv().map_err(|_| gone())?
     }
 }
 
-impl Drop for Threads {
+impl<S> Drop for Threads<S> {
     fn drop(&mut self) {
         drop(self.jobs.take());
         for thread in self.threads.drain(..) {
@@ -94,7 +105,7 @@ fn gone() -> io::Error {
 }
 
 impl<S: Execute> Shared<S> {
-    fn serve(&self, queue: &Receiver<Job>, sandbox: &Receiver<Sandbox>) {
+    fn serve(&self, queue: &Receiver<Job<S>>, sandbox: &Receiver<Sandbox>) {
         let mut first = None;
         let entered = select! {
             recv(sandbox) -> sandbox => sandbox,
@@ -112,24 +123,21 @@ impl<S: Execute> Shared<S> {
         sandbox.enter_as(ThreadKind::Store);
         while let Some(job) = first.take().or_else(|| queue.recv().ok()) {
             match job {
-                Job::Do(io, desk) => desk.receive(io, |io| self.execute(io)),
-                Job::Flush(done) => {
-                    let flush = Io::new(0, Op::Flush, PinnedBuffers::default());
-                    // Who asked has gone.
-                    let _ = done.send(self.execute(&flush));
-                }
+                Job::Do(io, desk) => desk.receive(io, |io| self.guarded(&io.op, |store| store.execute(io))),
+                Job::Call(work) => work(self),
             }
         }
     }
 
-    fn execute(&self, io: &Io) -> io::Result<()> {
+    /// Does something, `what`, unless the store is broken; a panic breaks it.
+    fn guarded<T>(&self, what: &dyn fmt::Debug, work: impl FnOnce(&S) -> io::Result<T>) -> io::Result<T> {
         if self.broken.load(Ordering::Relaxed) {
             return Err(io::Error::other("a defect has ended this store's service"));
         }
-        catch_unwind(AssertUnwindSafe(|| self.store.execute(io))).unwrap_or_else(|panic| {
+        catch_unwind(AssertUnwindSafe(|| work(&self.store))).unwrap_or_else(|panic| {
             self.broken.store(true, Ordering::Relaxed);
             let why = message(&*panic);
-            log::error!("{}: {:?} panicked: {why}; all that follows fails", self.name, io.op);
+            log::error!("{}: {what:?} panicked: {why}; all that follows fails", self.name);
             Err(io::Error::other(why.to_owned()))
         })
     }
@@ -174,7 +182,7 @@ mod tests {
         }
     }
 
-    fn slow(threads: usize, entrance: &Entrance) -> (Threads, mpsc::Sender<()>) {
+    fn slow(threads: usize, entrance: &Entrance) -> (Threads<Slow>, mpsc::Sender<()>) {
         let (go, gone) = mpsc::channel();
         (Threads::start(Slow(Mutex::new(gone)), "slow", threads, entrance).unwrap(), go)
     }

@@ -10,7 +10,7 @@ use super::faults;
 use super::rpc::Failure;
 use super::snapshot::Snapshot;
 use crate::backend::hold::HeldRequests;
-use crate::backend::overlay::{Emptied, EmptyError};
+use crate::backend::overlay::{Emptied, EmptyError, Progress};
 use crate::backend::power_cut::PowerCut;
 use crate::config::{DeviceConfig, FabricChoice, InvalidFabric, RateLimits, Size};
 use crate::devices::{AddError, Devices, Handle};
@@ -37,6 +37,7 @@ const METHODS: &[(&str, Method)] = &[
     ("device.power_cut", power_cut),
     ("device.commit", commit),
     ("device.discard", discard),
+    ("device.progress", progress),
     ("device.statistics", statistics),
     ("device.reset_statistics", reset_statistics),
     ("device.set_limits", set_limits),
@@ -123,6 +124,8 @@ struct Described {
     status: Status,
     #[serde(skip_serializing_if = "Option::is_none")]
     held: Option<HeldRequests>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    commit: Option<Progress>,
 }
 
 impl From<&Handle> for Described {
@@ -135,6 +138,7 @@ impl From<&Handle> for Described {
             read_only: device.read_only,
             status: device.status(),
             held: device.held(),
+            commit: device.commit_progress(),
         }
     }
 }
@@ -281,6 +285,12 @@ fn commit(devices: &Devices, given: Value) -> Result<Value, Failure> {
     let seconds = begun.elapsed().as_secs_f64();
     log::info!("{}: committed by an operator: {written} bytes and {zeroed} of zeroes in {seconds:.1} s", device.name);
     Ok(json!({ "device": device.name, "freed": own, "written": written, "zeroed": zeroed, "seconds": seconds }))
+}
+
+fn progress(devices: &Devices, given: Value) -> Result<Value, Failure> {
+    let Named { device } = params(given)?;
+    let device = find(devices, &device)?;
+    Ok(json!({ "device": device.name, "commit": device.commit_progress() }))
 }
 
 fn discard(devices: &Devices, given: Value) -> Result<Value, Failure> {

@@ -43,9 +43,9 @@ impl Files {
         let folders = folders.iter().map(open).collect::<Result<Vec<_>, _>>()?;
         // A single file may be among them, of which nothing can be removed.
         let remove = |folder: &PathFd| rights(folder) & AccessFs::RemoveFile;
-        let rules = folders.into_iter().map(|folder| {
+        let rules = folders.into_iter().filter_map(|folder| {
             let access = remove(&folder);
-            Ok(PathBeneath::new(folder, access))
+            (!access.is_empty()).then(|| Ok(PathBeneath::new(folder, access)))
         });
         let ports = ports.iter().map(|port| Ok(NetPort::new(*port, AccessNet::ConnectTcp)));
         Ok(Self(all.add_rules(rules).and_then(|all| all.add_rules(ports)).map_err(&refused)?))

@@ -47,11 +47,21 @@ pub(crate) enum ThreadKind {
     Control,
     /// Tells of what the others have done, see [`metrics`](crate::metrics).
     Metrics,
+    /// Asks how large block devices are, see [`growing`](crate::growing).
+    Sizes,
 }
 
 impl ThreadKind {
-    const ALL: [Self; 7] =
-        [Self::Main, Self::Session, Self::Worker, Self::Store, Self::Connector, Self::Control, Self::Metrics];
+    const ALL: [Self; 8] = [
+        Self::Main,
+        Self::Session,
+        Self::Worker,
+        Self::Store,
+        Self::Connector,
+        Self::Control,
+        Self::Metrics,
+        Self::Sizes,
+    ];
 }
 
 /// A part of the sandbox that the kernel has and that cannot be set up all the same.

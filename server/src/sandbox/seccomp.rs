@@ -33,6 +33,7 @@ pub(super) struct Filters {
     connector: Filter,
     control: Filter,
     metrics: Filter,
+    sizes: Filter,
 }
 
 impl Filters {
@@ -48,6 +49,7 @@ impl Filters {
             connector: filter(ThreadKind::Connector)?,
             control: filter(ThreadKind::Control)?,
             metrics: filter(ThreadKind::Metrics)?,
+            sizes: filter(ThreadKind::Sizes)?,
         }))
     }
 
@@ -61,6 +63,7 @@ impl Filters {
             ThreadKind::Connector => &self.connector,
             ThreadKind::Control => &self.control,
             ThreadKind::Metrics => &self.metrics,
+            ThreadKind::Sizes => &self.sizes,
         };
         // In this order: the killing one leaves no way to add another.
         for program in [&filter.refusing, &filter.killing] {

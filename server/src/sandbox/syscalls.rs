@@ -162,6 +162,15 @@ const STORE: &[c_long] = &[
     SYS_flock,
 ];
 
+/// To ask, and, for a device with a cache to be cut off, to flush that before it gets another size.
+const SIZES: &[c_long] = &[SYS_ioctl, SYS_fdatasync];
+
+/// What a block device is asked for when it is opened (linux/fs.h): its size, its blocks, and what it prefers.
+const BLKGETSIZE64: c_int = 0x8008_1272_u32.cast_signed();
+const BLKSSZGET: c_int = 0x1268;
+const BLKPBSZGET: c_int = 0x127b;
+const BLKIOOPT: c_int = 0x1279;
+
 /// What C libraries and std ask for and do without: they find out about the machine, and open files for it, when malloc makes
 /// an arena or a panic tells where it comes from.
 const DISPENSABLE: &[c_long] = &[
@@ -220,9 +229,10 @@ pub(super) fn allowed(kind: ThreadKind) -> impl Iterator<Item = (c_long, Option<
         ThreadKind::Connector => CONNECTOR,
         ThreadKind::Control => CONTROL,
         ThreadKind::Metrics => METRICS,
+        ThreadKind::Sizes => SIZES,
     };
     let inherited = if kind == ThreadKind::Control { SESSION } else { &[] };
-    ANY.iter().chain(own).chain(inherited).map(|call| (*call, argument(*call)))
+    ANY.iter().chain(own).chain(inherited).map(move |call| (*call, argument(kind, *call)))
 }
 
 /// What a kind of thread is refused, and takes no harm.
@@ -233,14 +243,22 @@ pub(super) fn refused(kind: ThreadKind) -> impl Iterator<Item = c_long> {
 
 /// None of the calls on the way of a request is here: the kernel has to look at the arguments of these each time.
 #[allow(non_upper_case_globals, reason = "the C library's names")]
-fn argument(call: c_long) -> Option<Argument> {
+fn argument(kind: ThreadKind, call: c_long) -> Option<Argument> {
     const ALL: u64 = u64::MAX;
     const INT: u64 = u32::MAX as u64;
     let word = |word: &c_int| u64::from(word.unsigned_abs());
+    let bits = |word: &c_int| u64::from(word.cast_unsigned());
     Some(match call {
         // Memory is never to be executed.
         SYS_mmap | SYS_mprotect => Argument { index: 2, mask: word(&PROT_EXEC), values: vec![0] },
-        SYS_ioctl => Argument { index: 1, mask: INT, values: vec![FIONBIO] },
+        SYS_ioctl => {
+            let values = match kind {
+                ThreadKind::Sizes => &[BLKGETSIZE64][..],
+                ThreadKind::Control => &[FIONBIO as c_int, BLKGETSIZE64, BLKSSZGET, BLKPBSZGET, BLKIOOPT],
+                _ => &[FIONBIO as c_int],
+            };
+            Argument { index: 1, mask: INT, values: values.iter().map(bits).collect() }
+        }
         SYS_socket => Argument { index: 0, mask: INT, values: [AF_UNIX, AF_INET, AF_INET6].iter().map(word).collect() },
         // Not, for one, signals to others.
         SYS_fcntl => Argument { index: 1, mask: INT, values: FCNTLS.iter().map(word).collect() },

@@ -37,6 +37,7 @@ const FORBIDDEN: &[(&str, Act)] = &[
     }),
     ("make a folder", |folder| fs::create_dir(folder.join("new")).unwrap()),
     ("move a file", |folder| fs::rename(folder.join("file"), folder.join("moved")).unwrap()),
+    ("discard what a block device has", |_| ask(0x1277)),
     ("map memory to execute", |_| assert!(map(ProtFlags::PROT_READ | ProtFlags::PROT_EXEC).is_ok())),
     ("make memory executable", |_| {
         let memory = map(ProtFlags::PROT_READ | ProtFlags::PROT_WRITE).unwrap();
@@ -67,6 +68,19 @@ const FOR_LISTENERS: &[(&str, Act)] = &[("remove a socket", |folder| fs::remove_
 
 /// What sessions may, and those who start them.
 const FOR_SESSIONS: &[(&str, Act)] = &[("make an eventfd", |_| drop(nix::sys::eventfd::EventFd::new().unwrap()))];
+
+/// What those may who look how large block devices are, and who open them.
+const FOR_SIZES: &[(&str, Act)] = &[("ask for a device's size", |_| ask(0x8008_1272))];
+
+/// What those may who open them.
+const FOR_DEVICES: &[(&str, Act)] = &[("ask for a device's blocks", |_| ask(0x1268))];
+
+/// Asks what is no block device.
+fn ask(request: libc::Ioctl) {
+    let mut answer = 0u64;
+    // SAFETY: the answer has room for each that is asked for.
+    assert_eq!(unsafe { libc::ioctl(0, request, &raw mut answer) }, -1);
+}
 
 /// What a store over a network meets that is added.
 const NETWORK: (&str, Act) = ("make a socket of a network", |_| {
@@ -131,10 +145,8 @@ fn map(prot: ProtFlags) -> nix::Result<std::ptr::NonNull<libc::c_void>> {
 #[test]
 fn stage() {
     let Some(name) = env::var_os("SANDBOX_ACT") else { return };
-    let act = [FORBIDDEN, FOR_CONTROL, FOR_CONNECTORS, FOR_SESSIONS, FOR_LISTENERS, &[ELSEWHERE, NETWORK], HARMLESS]
-        .concat()
-        .into_iter()
-        .find(|(act, _)| name == **act);
+    let some = [FOR_CONTROL, FOR_CONNECTORS, FOR_SESSIONS, FOR_LISTENERS, FOR_SIZES, FOR_DEVICES].concat();
+    let act = [FORBIDDEN, &some, &[ELSEWHERE, NETWORK], HARMLESS].concat().into_iter().find(|(act, _)| name == **act);
     let (_, act) = act.unwrap_or(("abort", |_| process::abort()));
     let kind = env::var("SANDBOX_KIND").unwrap();
     let kind = ThreadKind::ALL.into_iter().find(|known| format!("{known:?}") == kind).unwrap();
@@ -181,12 +193,14 @@ fn what_nobody_may_ends_the_process() {
 
 #[test]
 fn some_may_more_than_others() {
-    use ThreadKind::{Connector, Control, Metrics, Session};
+    use ThreadKind::{Connector, Control, Metrics, Session, Sizes};
     for (acts, kinds) in [
         (FOR_LISTENERS, &[Session, Control, Metrics][..]),
         (FOR_SESSIONS, &[Session, Control]),
         (FOR_CONNECTORS, &[Connector, Control]),
         (FOR_CONTROL, &[Control]),
+        (FOR_SIZES, &[Control, Sizes]),
+        (FOR_DEVICES, &[Control]),
     ] {
         for (name, _) in acts {
             for kind in ThreadKind::ALL {
@@ -204,7 +218,10 @@ fn what_an_operator_has_named_is_open_to_control() {
     let (ours, other) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
     let files = [&ours, &other].map(|folder| folder.path().join("file"));
     files.iter().for_each(|file| fs::write(file, "text").unwrap());
-    let parts = |allowed: &[PathBuf]| (Files::new(&[], &[]).unwrap(), Files::for_control(&[], allowed).unwrap());
+    let parts = |allowed: &[PathBuf]| {
+        let folders: Vec<_> = allowed.iter().map(PathBuf::as_path).collect();
+        (Files::new(&folders, &[]).unwrap(), Files::for_control(&folders, allowed).unwrap())
+    };
     let (session, control) = parts(&[ours.path().to_owned(), files[1].clone()]);
     let enforced = aside(|| {
         let Some(_abi) = control.restrict().unwrap() else { return false };

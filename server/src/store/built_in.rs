@@ -6,6 +6,7 @@ use std::time::Duration;
 use super::StoreError;
 use crate::backend::Store;
 use crate::backend::faults::{Faults, FaultyStore};
+use crate::backend::file::DeviceSize;
 use crate::backend::hold::{Held, HoldStore, OnError};
 use crate::backend::overlay::OverlayStore;
 use crate::backend::power_cut::PowerCutStore;
@@ -21,6 +22,8 @@ pub(crate) struct BuiltIn {
     pub(crate) held: Option<Arc<Held>>,
     /// The cache that loses its power; `None` if there is none. The device owns it.
     pub(crate) power: Option<Weak<PowerCutStore>>,
+    /// The size of the block device that the blocks are in; `None` if they are in none.
+    pub(crate) device_size: Option<DeviceSize>,
 }
 
 /// Puts a device's layers before its store: from the guest to the store, first what becomes of errors, then what goes wrong on

@@ -3,6 +3,7 @@
 use std::fs::{self, File};
 use std::marker::PhantomData;
 use std::path::PathBuf;
+use std::process::Command;
 use std::sync::Arc;
 
 use super::{Fixture, IsStable, KeepsBlocks, Rig};
@@ -303,3 +304,64 @@ impl<B: Beneath> Fixture for OverlayOver<B> {
 }
 
 impl<B: Beneath> KeepsBlocks for OverlayOver<B> {}
+
+/// A block device of the kernel's, on a file, past the page cache or through it. Where there is none to be had, which is said, it is
+/// the file.
+pub(super) struct LoopDevice<const DIRECT: bool> {
+    store: FileStore,
+    _device: Option<Detached>,
+    dir: tempfile::TempDir,
+}
+
+/// Detaches a loop device when it is dropped.
+struct Detached(PathBuf);
+
+impl Drop for Detached {
+    fn drop(&mut self) {
+        let detached = Command::new("losetup").arg("--detach").arg(&self.0).status();
+        assert!(detached.is_ok_and(|status| status.success()), "{} is left", self.0.display());
+    }
+}
+
+impl<const DIRECT: bool> Fixture for LoopDevice<DIRECT> {
+    fn new(capacity: u64) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("image");
+        File::create(&path).unwrap().set_len(capacity).unwrap();
+        let output = Command::new("losetup").args(["--find", "--show"]).arg(&path).output();
+        let device = match output {
+            Ok(output) if output.status.success() => {
+                Some(Detached(String::from_utf8(output.stdout).unwrap().trim().into()))
+            }
+            other => {
+                println!("cannot run: no loop device (losetup, as root): {other:?}");
+                None
+            }
+        };
+        let options = FileOptions {
+            path: device.as_ref().map_or(path, |device| device.0.clone()),
+            read_only: false,
+            cache: if DIRECT { Cache::None } else { Cache::Writeback },
+            size: None,
+            fixed_buffers: false,
+            iopoll: false,
+        };
+        Self { store: FileStore::open(&options).unwrap(), _device: device, dir }
+    }
+
+    fn store(&self) -> &dyn Store {
+        &self.store
+    }
+
+    fn ring(waker: &Waker) -> Uring {
+        Uring::new(waker).unwrap()
+    }
+}
+
+impl<const DIRECT: bool> KeepsBlocks for LoopDevice<DIRECT> {}
+
+impl<const DIRECT: bool> IsStable for LoopDevice<DIRECT> {
+    fn stored(&self) -> Vec<u8> {
+        fs::read(self.dir.path().join("image")).unwrap()
+    }
+}

@@ -48,12 +48,10 @@ pub(in crate::backend) struct Device {
 
 impl Device {
     pub(in crate::backend) fn of(file: &File, metadata: &Metadata) -> io::Result<Self> {
-        let fd = file.as_raw_fd();
-        let (mut capacity, mut logical, mut physical, mut optimal) = (0u64, 512, 512, 0);
-        // SAFETY: each writes a number of the type that it is declared with, to a variable of that type; on 64-bit
-        // machines, which vm-memory needs, a size_t is a u64.
+        let (fd, capacity) = (file.as_raw_fd(), device_capacity(file)?);
+        let (mut logical, mut physical, mut optimal) = (512, 512, 0);
+        // SAFETY: each writes a number of the type that it is declared with, to a variable of that type.
         unsafe {
-            ioctl::blkgetsize64(fd, (&raw mut capacity).cast())?;
             ioctl::blksszget(fd, &raw mut logical)?;
             ioctl::blkpbszget(fd, &raw mut physical)?;
             ioctl::blkioopt(fd, &raw mut optimal)?;
@@ -67,6 +65,14 @@ impl Device {
             discards: has_limit(metadata.rdev(), "discard_max_bytes"),
         })
     }
+}
+
+/// Bytes that a block device has by now.
+pub(super) fn device_capacity(file: &File) -> io::Result<u64> {
+    let mut capacity = 0u64;
+    // SAFETY: it writes a size_t, which on 64-bit machines, and vm-memory needs one, is a u64, to a variable of that type.
+    unsafe { ioctl::blkgetsize64(file.as_raw_fd(), (&raw mut capacity).cast())? };
+    Ok(capacity)
 }
 
 /// Whether the device does at least something of what this is the limit of. A hole that is punched in it reaches it as

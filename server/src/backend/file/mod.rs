@@ -14,6 +14,7 @@
 //!
 //! That is why unaligned memory must not take the second way too: its neighbours in the page may be in flight.
 
+mod device_size;
 mod error;
 mod geometry;
 mod open;
@@ -28,6 +29,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64};
 
+pub(crate) use device_size::{DeviceSize, Sizes};
 pub use error::{OpenError, OpenFailure};
 pub(super) use geometry::{Alignment, Device, MAX_ALIGNMENT, Page};
 pub(super) use rewrite::{RewriteError, free};

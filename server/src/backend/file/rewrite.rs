@@ -68,6 +68,12 @@ impl Rewriting<'_> {
         self.file.write_all_at(data, offset)
     }
 
+    /// Makes a file longer, and the store with it; what is new is zero. A block device is as long as it is.
+    pub(in crate::backend) fn grow(&self, capacity: u64) -> io::Result<()> {
+        self.file.set_len(capacity)?;
+        self.store.0.resize(None).map(drop)
+    }
+
     /// Makes bytes zero, and frees them where it can; `zeroes` is memory for where it cannot.
     pub(in crate::backend) fn zero(&self, offset: u64, len: u64, zeroes: &[u8]) -> io::Result<()> {
         if free(&self.file, offset, len) {

@@ -32,6 +32,11 @@ impl DirtyBit {
         self.change(|byte| byte & !BIT)
     }
 
+    /// The image's file.
+    pub(super) fn file(&self) -> &LayerFile {
+        &self.0
+    }
+
     fn change(&self, change: impl FnOnce(u8) -> u8) -> io::Result<()> {
         let mut byte = [0];
         self.0.read(&mut byte[..], BYTE)?;

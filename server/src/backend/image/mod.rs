@@ -9,6 +9,7 @@ mod dirty_bit;
 mod error;
 mod layer_file;
 mod qcow2_header;
+mod resize;
 #[cfg(test)]
 pub(super) mod testing;
 #[cfg(test)]
@@ -18,7 +19,7 @@ use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use imago::io_buffers::IoBuffer;
@@ -71,10 +72,11 @@ pub struct ImageOptions {
 /// An image.
 ///
 /// Flush and durable writes put the image's tables into its file, and then are as durable as `fdatasync` on it.
-#[derive(Debug)]
 pub struct ImageStore {
-    threads: Threads,
+    threads: Threads<Disk>,
     info: StoreInfo,
+    /// Bytes; those of `info` are what it had when it was opened.
+    capacity: AtomicU64,
 }
 
 impl ImageStore {
@@ -111,11 +113,13 @@ impl ImageStore {
         let disk = Disk {
             image: RwLock::new(opened.image),
             pieces: Mutex::default(),
+            cluster_size: opened.cluster_size.into(),
             mark,
             half_done: AtomicBool::new(false),
         };
         let threads = Threads::start(disk, &name(path), THREADS, entrance);
-        Ok(Self { threads: threads.map_err(|reason| error(ImageFailure::Threads(reason)))?, info })
+        let threads = threads.map_err(|reason| error(ImageFailure::Threads(reason)))?;
+        Ok(Self { threads, capacity: AtomicU64::new(info.capacity), info })
     }
 }
 
@@ -140,7 +144,7 @@ fn info(opened: &Opened, read_only: bool) -> StoreInfo {
 
 impl Store for ImageStore {
     fn info(&self) -> StoreInfo {
-        self.info.clone()
+        StoreInfo { capacity: self.capacity.load(Ordering::Relaxed), ..self.info.clone() }
     }
 
     /// Needs no ring of the kernel's.
@@ -160,8 +164,19 @@ impl Store for ImageStore {
         None
     }
 
-    fn resize(&self, _: Option<u64>) -> io::Result<u64> {
-        Err(io::ErrorKind::Unsupported.into())
+    fn resize(&self, capacity: Option<u64>) -> io::Result<u64> {
+        let (now, block) = (self.info().capacity, u64::from(self.info.block_size));
+        // It is locked against all others: nobody but us gives it another size.
+        let wanted = capacity.unwrap_or(now);
+        if wanted == 0 || !wanted.is_multiple_of(block) {
+            let why = format!("{wanted} bytes: it must be a multiple of its block, {block}, and not zero");
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, why));
+        }
+        if wanted != now {
+            self.threads.call("another size", move |disk| disk.resize(now, wanted))?;
+            self.capacity.store(wanted, Ordering::Relaxed);
+        }
+        Ok(wanted)
     }
 }
 
@@ -172,6 +187,8 @@ struct Disk {
     image: RwLock<Image>,
     /// Memory for the next operations, as much as threads have used at the same time.
     pieces: Mutex<Vec<IoBuffer>>,
+    /// Bytes that are allocated together.
+    cluster_size: u64,
     /// Where the image is open to be written.
     mark: Option<DirtyBit>,
     /// An operation has panicked.

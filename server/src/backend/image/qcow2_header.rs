@@ -14,14 +14,14 @@ use crate::backend::SECTOR;
 
 const MAGIC: u32 = 0x5146_49fb;
 /// Bytes of the header of version 2, and of what version 3 has at least.
-const LEN_V2: usize = 72;
+pub(super) const LEN_V2: usize = 72;
 const LEN_V3: usize = 104;
 /// Of clusters, from 512 bytes to 2 MiB.
 const CLUSTER_BITS: std::ops::RangeInclusive<u32> = 9..=21;
 /// Bytes of the longest name of a backing file.
 const MAX_NAME: u32 = 1023;
 /// Bytes of the largest tables.
-const MAX_L1: u64 = 32 << 20;
+pub(super) const MAX_L1: u64 = 32 << 20;
 const MAX_REFCOUNT_TABLE: u64 = 8 << 20;
 /// The most header extensions that are looked at; there are five kinds.
 const MAX_EXTENSIONS: usize = 64;

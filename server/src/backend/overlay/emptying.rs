@@ -10,6 +10,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use serde::Serialize;
+
 use super::base::BaseIdentity;
 use super::format::{self, Fate, Header};
 use super::map::Source;
@@ -70,8 +72,11 @@ pub enum EmptyError {
         /// What the system said.
         source: io::Error,
     },
-    /// The base has no room for the disk.
-    #[error("the disk has {disk} bytes, and its base {base}; what is beyond has no place there: copy the disk")]
+    /// The base has no room for the disk, and cannot be given any.
+    #[error(
+        "the disk has {disk} bytes, and its base, a block device, {base}; what is beyond has no place there, and nothing was \
+         written: copy the disk"
+    )]
     Larger {
         /// Bytes of the disk.
         disk: u64,
@@ -106,6 +111,17 @@ pub struct Emptied {
     pub written: u64,
     /// Bytes that were made zero there.
     pub zeroed: u64,
+}
+
+/// How far a commit is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub(crate) struct Progress {
+    /// Bytes of the disk that need no second look.
+    pub(crate) looked_at: u64,
+    /// Bytes of the disk.
+    pub(crate) size: u64,
+    /// Bytes that were written into the base.
+    pub(crate) written: u64,
 }
 
 /// The storage of an overlay's own, as the store that it is.
@@ -172,16 +188,22 @@ pub(super) struct Whole {
     /// Held by who works on all of it.
     alone: Mutex<()>,
     emptying: AtomicBool,
+    /// How far a commit is; `None` if there is none under way.
+    progress: Mutex<Option<Progress>>,
 }
 
 impl Whole {
     pub(super) fn new(own: Own) -> Self {
-        Self { own, alone: Mutex::default(), emptying: AtomicBool::new(false) }
+        Self { own, alone: Mutex::default(), emptying: AtomicBool::new(false), progress: Mutex::default() }
     }
 
     /// Waits for the end of such work, and keeps it from being begun.
     pub(super) fn alone(&self) -> MutexGuard<'_, ()> {
         self.alone.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn note(&self, progress: Option<Progress>) {
+        *self.progress.lock().unwrap_or_else(PoisonError::into_inner) = progress;
     }
 }
 
@@ -190,6 +212,7 @@ pub(crate) struct Emptying(Arc<Overlay>);
 
 impl Drop for Emptying {
     fn drop(&mut self) {
+        self.0.whole.note(None);
         self.0.whole.emptying.store(false, Ordering::Release);
     }
 }
@@ -198,6 +221,11 @@ impl OverlayStore {
     /// Whether [`Emptying`] it is going on.
     pub(crate) fn is_being_emptied(&self) -> bool {
         self.0.whole.emptying.load(Ordering::Acquire)
+    }
+
+    /// How far a commit is; `None` if there is none under way.
+    pub(crate) fn progress(&self) -> Option<Progress> {
+        *self.0.whole.progress.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Has nobody attach a queue any more. Those that are attached are the caller's to detach before anything is done.
@@ -230,7 +258,8 @@ impl Emptying {
             return Err(EmptyError::Shared(others));
         }
         let base_len = base.store.info().capacity;
-        if info.capacity > base_len {
+        let grows = info.capacity > base_len;
+        if grows && base_file.device_size().is_some() {
             return Err(EmptyError::Larger { disk: info.capacity, base: base_len });
         }
         let rewriting = base_file.rewrite(path).map_err(|error| {
@@ -245,6 +274,11 @@ impl Emptying {
         stored.iter().try_for_each(|stored| stored.store()).map_err(failed("cannot flush the overlay"))?;
         let mark = |change: &dyn Fn(&mut Header)| whole.own.mark(change).map_err(failed("cannot write its header"));
         mark(&|header| header.fate = Fate::Committed)?;
+        if grows {
+            // Where the overlay has nothing either, what is new there is zero, as it was.
+            rewriting.grow(info.capacity).map_err(failed("cannot make the base larger"))?;
+            map.grow_base(info.capacity);
+        }
 
         let mut emptied = Emptied { own: map.own_bytes(), ..Emptied::default() };
         let mut piece = vec![0; PIECE];
@@ -275,6 +309,7 @@ impl Emptying {
                 }
             }
             at += len;
+            whole.note(Some(Progress { looked_at: at, size: info.capacity, written: emptied.written }));
             if reported.elapsed() >= REPORT {
                 log::info!(
                     "{}: {} % of the disk looked at, {} MiB written",

@@ -32,7 +32,7 @@
 //!
 //! An overlay that is committed is marked before its base is changed, and the mark goes with the last of its sectors: while it
 //! is marked, base and overlay together are the disk, whatever of the overlay the base has already, and of the base only the
-//! size is looked at. One that is discarded is marked before the first of its sectors goes; what is found of it then is
+//! size is looked at: a base that is smaller than the disk is made as large first. One that is discarded is marked before the first of its sectors goes; what is found of it then is
 //! discarded.
 
 use std::fs::{self, File, OpenOptions};
@@ -182,8 +182,9 @@ impl Header {
         file.read_exact_at(&mut bytes, 0).map_err(|_| OverlayFailure::NotAnOverlay)?;
         let header = Self::decode(&bytes)?;
         if header.fate == Fate::Committed {
-            // Nobody knows what the base has by now, but its size stays.
-            BaseIdentity { capacity: header.base.capacity, ..*base }.check(base)?;
+            // Nobody knows what the base has by now. Its size is the one that it had, or, if it was smaller, that of the disk.
+            let made = if base.capacity == header.capacity { base.capacity } else { header.base.capacity };
+            BaseIdentity { capacity: made, ..*base }.check(base)?;
         } else {
             header.base.check(base)?;
         }

@@ -68,7 +68,7 @@ impl Page {
 pub(super) struct Map {
     pages: Box<[OnceLock<Box<Page>>]>,
     /// The first sector that the base has not: from here on what was never written is zero.
-    base_end: u64,
+    base_end: AtomicU64,
     /// Blocks with sectors of the overlay's own, and those that are about to have some.
     blocks: AtomicU64,
     /// The most blocks that there may be.
@@ -139,7 +139,7 @@ impl Map {
         let pages = Self::pages_for(capacity);
         Self {
             pages: (0..pages).map(|_| OnceLock::new()).collect(),
-            base_end: base / SECTOR,
+            base_end: AtomicU64::new(base / SECTOR),
             blocks: AtomicU64::new(0),
             most_blocks: limit / BLOCK,
             changed: stored.then(Mutex::default),
@@ -160,6 +160,11 @@ impl Map {
         self.blocks.store(0, Ordering::Relaxed);
     }
 
+    /// The base has so many bytes from now on, more than before. Nobody uses the map meanwhile.
+    pub(super) fn grow_base(&self, base: u64) {
+        self.base_end.store(base / SECTOR, Ordering::Relaxed);
+    }
+
     /// Bytes of blocks that are its own, or are about to be.
     pub(super) fn own_bytes(&self) -> u64 {
         self.blocks.load(Ordering::Relaxed) * BLOCK
@@ -168,7 +173,7 @@ impl Map {
     /// Where the bytes from `bytes.start` on are, and how many of the range are in the same place.
     pub(super) fn source(&self, bytes: &Range<u64>) -> (Source, u64) {
         let mut found: Option<Source> = None;
-        let start = bytes.start / SECTOR;
+        let (start, base_end) = (bytes.start / SECTOR, self.base_end.load(Ordering::Relaxed));
         for place in places(bytes) {
             let word = self.word(&place);
             let mut sector = place.sector + u64::from(place.mask.trailing_zeros()) / 2;
@@ -176,7 +181,7 @@ impl Map {
             while sector < end {
                 let shift = 2 * (sector - place.sector);
                 let (source, next) = match word >> shift & 3 {
-                    0 if sector < self.base_end => (Source::Base, self.base_end),
+                    0 if sector < base_end => (Source::Base, base_end),
                     0 | 1 => (Source::Zero, u64::MAX),
                     _ => (Source::Own, u64::MAX),
                 };

@@ -36,8 +36,8 @@ use std::sync::{Arc, Mutex};
 
 pub use base::Base;
 use commit::StoredMap;
-pub(crate) use emptying::Emptying;
 pub use emptying::{Emptied, EmptyError};
+pub(crate) use emptying::{Emptying, Progress};
 use emptying::{Own, Whole};
 pub use error::{OverlayError, OverlayFailure};
 use format::{Fate, Header};
@@ -190,7 +190,8 @@ impl Store for OverlayStore {
     }
 
     fn resize(&self, _: Option<u64>) -> io::Result<u64> {
-        Err(io::ErrorKind::Unsupported.into())
+        let why = "an overlay has the size that it was made with; make another one, with a size";
+        Err(io::Error::new(io::ErrorKind::Unsupported, why))
     }
 }
 

@@ -33,7 +33,11 @@ fn golden() -> (TempDir, Vec<u8>, [Place; 4]) {
 }
 
 fn open(dir: &Path, place: &Place) -> OverlayStore {
-    let options = OverlayOptions { place: place.clone(), size: None, limit: None };
+    sized(dir, place, None)
+}
+
+fn sized(dir: &Path, place: &Place, size: Option<u64>) -> OverlayStore {
+    let options = OverlayOptions { place: place.clone(), size, limit: None };
     OverlayStore::open(&base(&dir.join("golden")), &options).unwrap()
 }
 
@@ -41,6 +45,7 @@ fn open(dir: &Path, place: &Place) -> OverlayStore {
 fn change(store: &OverlayStore, bytes: &[u8]) -> Vec<u8> {
     let mut rig = Rig::new(store);
     let mut disk = bytes.to_vec();
+    disk.resize(store.info().capacity as usize, 0);
     for (offset, len) in [(0, SECTOR), (3 * SECTOR, 5 * SECTOR), (MIB - SECTOR, 3 * MIB), (LEN - SECTOR, SECTOR)] {
         let data = pattern(offset + 99, len);
         rig.write(offset, &data, false);
@@ -55,8 +60,8 @@ fn change(store: &OverlayStore, bytes: &[u8]) -> Vec<u8> {
 }
 
 fn read(store: &OverlayStore) -> Vec<u8> {
-    let mut rig = Rig::new(store);
-    (0..LEN).step_by(MIB as usize).flat_map(|at| rig.read(at, MIB.min(LEN - at))).collect()
+    let (mut rig, len) = (Rig::new(store), store.info().capacity);
+    (0..len).step_by(MIB as usize).flat_map(|at| rig.read(at, MIB.min(len - at))).collect()
 }
 
 fn commit(store: &OverlayStore) -> Result<Emptied, EmptyError> {
@@ -131,6 +136,110 @@ fn a_commit_that_was_cut_off_can_be_done_again() {
     }
 }
 
+/// Changes on both sides of where the base ends; what the disk is then.
+fn change_at_its_end(store: &OverlayStore, disk: &mut [u8]) {
+    let mut rig = Rig::new(store);
+    for (offset, len) in [(LEN - SECTOR, 3 * SECTOR), (LEN + MIB, 2 * MIB), (store.info().capacity - SECTOR, SECTOR)] {
+        let data = pattern(offset + 7, len);
+        rig.write(offset, &data, false);
+        disk[offset as usize..][..len as usize].copy_from_slice(&data);
+    }
+    let (offset, len) = (LEN + MIB + 4096, MIB);
+    rig.one(Op::WriteZeroes { offset, len, unmap: true, durable: false }, PinnedBuffers::default()).result.unwrap();
+    disk[offset as usize..][..len as usize].fill(0);
+}
+
+/// A base that is smaller than the disk has the disk's size then, wherever the first commit is cut off.
+#[test]
+fn a_base_that_is_smaller_grows() {
+    const LARGER: u64 = LEN + 5 * MIB + 3 * SECTOR;
+    for steps in [None, Some(0), Some(1), Some(5), Some(9)] {
+        let (dir, bytes, places) = golden();
+        let path = dir.path().join("golden");
+        for place in places {
+            fs::write(&path, &bytes).unwrap();
+            let mut store = sized(dir.path(), &place, Some(LARGER));
+            let mut disk = change(&store, &bytes);
+            change_at_its_end(&store, &mut disk);
+            if let Some(steps) = steps {
+                let left = Cell::new(steps);
+                let cut_off = store.begin_emptying().unwrap().commit(&|| left.replace(left.get() - 1) > 0);
+                assert!(matches!(cut_off, Err(EmptyError::Stopped)), "{cut_off:?}");
+                assert_eq!(fs::metadata(&path).unwrap().len(), LARGER);
+                assert!(read(&store) == disk, "{place:?}, {steps:?}");
+                if matches!(place, Place::Kept { .. }) {
+                    drop(store);
+                    store = sized(dir.path(), &place, Some(LARGER));
+                    assert!(read(&store) == disk);
+                }
+            }
+            commit(&store).unwrap();
+            assert!(fs::read(&path).unwrap() == disk, "{place:?}, {steps:?}");
+            assert!(read(&store) == disk);
+            // The overlay knows where its base ends by now.
+            let mut disk = change(&store, &disk);
+            change_at_its_end(&store, &mut disk);
+            assert!(read(&store) == disk);
+            store.flush().unwrap();
+            if let Place::Kept { path: own, .. } = &place {
+                drop(store);
+                store = open(dir.path(), &place);
+                assert!(read(&store) == disk, "it knows its base again");
+                commit(&store).unwrap();
+                fs::remove_file(own).unwrap();
+            } else {
+                commit(&store).unwrap();
+            }
+            assert!(fs::read(&path).unwrap() == disk);
+        }
+    }
+}
+
+/// Cut off after it was marked, and before its base was made larger.
+#[test]
+fn a_base_that_was_to_grow_is_known_again() {
+    let (dir, bytes, [.., place]) = golden();
+    let store = sized(dir.path(), &place, Some(LEN + MIB));
+    let disk = change(&store, &bytes);
+    store.flush().unwrap();
+    store.0.whole.own.mark(|header| header.fate = Fate::Committed).unwrap();
+    drop(store);
+    let store = open(dir.path(), &place);
+    assert!(read(&store) == disk);
+    drop(store);
+    // As large as neither was: it is another one.
+    let path = dir.path().join("golden");
+    for len in [LEN - SECTOR, LEN + SECTOR, LEN + 2 * MIB] {
+        File::options().write(true).open(&path).unwrap().set_len(len).unwrap();
+        let options = OverlayOptions { place: place.clone(), size: None, limit: None };
+        assert!(OverlayStore::open(&base(&path), &options).is_err(), "{len}");
+    }
+    fs::write(&path, &bytes).unwrap();
+    let store = open(dir.path(), &place);
+    commit(&store).unwrap();
+    assert!(fs::read(&path).unwrap() == disk);
+}
+
+#[test]
+fn a_commit_tells_how_far_it_is() {
+    let (dir, bytes, [place, ..]) = golden();
+    let store = open(dir.path(), &place);
+    change(&store, &bytes);
+    assert_eq!(store.progress(), None);
+    let seen = std::cell::RefCell::new(Vec::new());
+    let go_on = || {
+        seen.borrow_mut().extend(store.progress());
+        true
+    };
+    let emptied = store.begin_emptying().unwrap().commit(&go_on).unwrap();
+    assert_eq!(store.progress(), None);
+    let seen = seen.into_inner();
+    assert!(seen.len() > 5 && seen.iter().all(|progress| progress.size == LEN));
+    assert!(seen.is_sorted_by(|one, next| one.looked_at < next.looked_at && one.written <= next.written));
+    let last = seen.last().unwrap();
+    assert!(last.looked_at < LEN && last.written <= emptied.written && last.written > 2 * MIB, "{last:?}");
+}
+
 #[test]
 fn what_is_discarded_is_gone() {
     let (dir, bytes, places) = golden();
@@ -191,9 +300,6 @@ fn a_base_of_others_is_left_alone() {
     fs::write(&path, &bytes).unwrap();
     assert!(matches!(commit(&first), Err(EmptyError::Replaced { .. })));
     fs::rename(&elsewhere, &path).unwrap();
-    let larger = OverlayStore::open(&base(&path), &options(Some(LEN + SECTOR))).unwrap();
-    assert!(matches!(commit(&larger), Err(EmptyError::Larger { .. })));
-    drop(larger);
     assert!(fs::read(&path).unwrap() == bytes, "it is as it was");
     let emptying = first.begin_emptying().unwrap();
     assert!(matches!(commit(&first), Err(EmptyError::Already)));
