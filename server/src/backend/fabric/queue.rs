@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::{io, mem};
 
 use super::Wire;
+use crate::backend::hold::PutOff;
 use crate::backend::timer::{Alarm, Moment};
 use crate::backend::uring::Uring;
 use crate::backend::{Backend, Completion, Full, Io, Op};
@@ -135,5 +136,9 @@ impl Backend for DistantBackend {
     fn stop(&mut self) {
         self.hastening = true;
         self.inner.stop();
+    }
+
+    fn put_off(&mut self, unfinished: &mut Vec<PutOff>) {
+        self.inner.put_off(unfinished);
     }
 }
