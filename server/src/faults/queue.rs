@@ -184,7 +184,7 @@ impl QueueTask for FaultyTask {
     }
 
     fn is_dormant(&self) -> bool {
-        self.task.is_dormant()
+        self.task.is_dormant() || self.late() > 0 && self.task.in_flight() == 0
     }
 
     fn leave(&mut self) -> Left {

@@ -7,8 +7,8 @@ use std::time::Instant;
 use crossbeam::channel::Sender;
 use crossbeam::queue::SegQueue;
 
-use super::{Left, TaskBuilder};
 use super::wakeup::{Awake, Rung};
+use super::{Left, TaskBuilder};
 use crate::backend::uring::Waker;
 use crate::config::PollPolicy;
 

@@ -11,6 +11,9 @@ use crate::backend::timer::{Alarm, Moment};
 use crate::backend::uring::Uring;
 use crate::backend::{Backend, Completion, Full, Io, Op};
 
+/// Nanoseconds in which a message arrives soon: several times those by which a sleeper is woken late.
+const NEAR: Moment = 1_000_000;
+
 pub(super) struct DistantBackend {
     inner: Box<dyn Backend>,
     wire: Arc<Wire>,
@@ -89,6 +92,14 @@ fn arrived<T>(messages: &mut VecDeque<(Moment, T)>, now: Moment, hastening: bool
     if *at <= now || hastening { messages.pop_front() } else { None }
 }
 
+impl DistantBackend {
+    /// When the next message arrives, which the worker may sleep for; `None` if that is none of them.
+    fn next_arrival(&self) -> Option<Moment> {
+        let (request, response) = (self.requests.front().map(|next| next.0), self.responses.front().map(|next| next.0));
+        request.into_iter().chain(response).min().filter(|_| self.alarm.is_set())
+    }
+}
+
 impl Backend for DistantBackend {
     fn submit(&mut self, io: Box<Io>) -> Result<(), Full> {
         let credits = self.wire.fabric.credits.map_or(usize::MAX, |credits| credits.get().into());
@@ -140,5 +151,12 @@ impl Backend for DistantBackend {
 
     fn put_off(&mut self, unfinished: &mut Vec<PutOff>) {
         self.inner.put_off(unfinished);
+    }
+
+    /// What is near is looked for, if the policy says so: a sleeper is woken late, which would be a part of its time.
+    fn is_dormant(&self) -> bool {
+        let far = |next| next > self.wire.clock.now().saturating_add(NEAR);
+        let others = self.inner.in_flight() == 0 || self.inner.is_dormant();
+        others && self.next_arrival().map_or(self.in_flight() > 0 && self.inner.is_dormant(), far)
     }
 }

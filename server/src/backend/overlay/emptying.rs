@@ -108,6 +108,17 @@ pub struct Emptied {
     pub zeroed: u64,
 }
 
+impl Emptied {
+    /// Both together.
+    pub(crate) fn and(self, more: Self) -> Self {
+        Self {
+            own: self.own.saturating_add(more.own),
+            written: self.written.saturating_add(more.written),
+            zeroed: self.zeroed.saturating_add(more.zeroed),
+        }
+    }
+}
+
 /// The storage of an overlay's own, as the store that it is.
 pub(super) enum Own {
     Memory(Arc<MemoryStore>),
