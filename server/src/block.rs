@@ -138,7 +138,7 @@ struct Unfinished<P> {
 
 impl<P> Unfinished<P> {
     /// The queue over its memory, and the requests that it is to go on with.
-    fn go_on<Q: Virtqueue<Parked = P>>(self: Box<Self>, memory: Q::Memory) -> (Q, Vec<(Pending, PutOff)>) {
+    fn go_on<Q: Virtqueue<Parked = P>>(self, memory: Q::Memory) -> (Q, Vec<(Pending, PutOff)>) {
         let mut queue = Q::resume(self.queue, memory);
         for (head, written) in self.completed {
             queue.complete(head, written);

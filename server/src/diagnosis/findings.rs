@@ -449,6 +449,7 @@ fn time(nanoseconds: u64) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::backend::hold::HeldRequests;
     use crate::config::DeviceConfig;
     use crate::diagnosis::{Setup, StageTimes};
     use crate::metrics::Statistics;
@@ -475,6 +476,7 @@ mod tests {
             description: String::new(),
             status: Status { size: 1 << 30, paused: false, client: Some(Peer { pid: 1, uid: 2 }), ..Status::default() },
             setup: Setup::of(&DeviceConfig::new("vm1.sock"), 4),
+            held: None,
             silent: None,
             session: Some(Observation {
                 protocol: Some(Protocol::default()),
