@@ -245,7 +245,6 @@ mod tests {
     #[test]
     fn errors_name_the_place() {
         for (text, words) in [
-            ("", "no device"),
             ("\nworkers = 0\n[[device]]\nsocket_path = \"a\"", "line 2: workers is 0"),
             ("worker_cpus = [\"0-\"]\n[[device]]\nsocket_path = \"a\"", "such as 0,2,4-7"),
             ("[[device]]", "socket_path"),
