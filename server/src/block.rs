@@ -8,15 +8,16 @@ use std::{io, mem};
 use pci::Interrupt;
 use virtio::block::{Limits, Operation, Request, SECTOR, SharedConfig, Status, parse};
 use virtio::memory::{GuestMemory, MappedPackedRing, MappedQueue, MappedRing, PinnedBuffers, RingMapError};
-use virtio::queue::{Armed, Head, PackedQueue, QueueState, Signal, SplitQueue, Virtqueue, Written};
+use virtio::queue::{Armed, Head, PackedQueue, Signal, SplitQueue, Virtqueue, Written};
 
 use crate::backend::fabric::Fabric;
+use crate::backend::hold::PutOff;
 use crate::backend::{Backend, Completion, Full, Io, Op, Origin, limits};
 use crate::device::{QueueParts, QueuePlace, QueueService, StartError};
 use crate::metrics::{DeviceMetrics, Kind, Meter};
 use crate::session::Events;
 use crate::store::Layers;
-use crate::worker::{QueueTask, Round, Share, TaskBuilder};
+use crate::worker::{Left, QueueTask, Round, Share, TaskBuilder};
 
 /// Requests that are taken off the ring together, before the first of them is looked into: while one is worked on, the
 /// memory of the next is on its way.
@@ -73,18 +74,23 @@ impl BlockService {
     /// The task that serves a queue of this format: code of its own for each, so that no request asks which it is.
     fn task_over<Q>(&self, parts: QueueParts) -> Result<TaskBuilder, StartError>
     where
-        Q: Virtqueue<Memory: MappedQueue> + Send + 'static,
+        Q: Virtqueue<Memory: MappedQueue, Parked: Send> + Send + 'static,
     {
-        let QueueParts { index, place, features, state, mut memory, interrupt, events } = parts;
+        let QueueParts { index, place, features, left, mut memory, interrupt, events } = parts;
         let ring = Q::Memory::map(&mut memory, place.addresses, place.size)?;
-        let queue = Q::new(ring, features, state.unwrap_or(Q::START));
+        let Left { state, unfinished } = left.unwrap_or(Q::START.into());
+        let unfinished = unfinished.and_then(|unfinished| unfinished.downcast::<Unfinished<Q::Parked>>().ok());
+        let (queue, requests) = match unfinished {
+            Some(unfinished) => unfinished.go_on::<Q>(ring),
+            None => (Q::new(ring, features, state), Vec::new()),
+        };
         let (store, config) = (Arc::clone(self.store.outermost()), Arc::clone(&self.config));
         let metrics = self.metrics.queue(index);
         Ok(Box::new(move |ring| {
             let backend = store.attach(ring, index)?;
             let mut made = 0;
             let batch = (0..BATCH).map(|_| another(&mut made)).collect();
-            Ok(Box::new(BlockQueue {
+            let mut queue = BlockQueue {
                 index,
                 place,
                 queue: Ring::Mapped(queue),
@@ -102,9 +108,13 @@ impl BlockService {
                 interrupt,
                 events,
                 accepting: true,
+                resting: false,
+                put_off: Vec::new(),
                 warned_blank: false,
                 meter: Meter::new(metrics),
-            }))
+            };
+            requests.into_iter().for_each(|put_off| queue.take_up(put_off.io));
+            Ok(Box::new(queue))
         }))
     }
 }
@@ -117,6 +127,26 @@ enum Ring<Q: Virtqueue> {
     Lost(Q::Parked, Vec<(Head, Written)>),
     /// Only while it changes from one to the other.
     Changing,
+}
+
+/// What a queue leaves that has been stopped with requests which wait for more than their store: `P` is the queue without its
+/// memory.
+struct Unfinished<P> {
+    queue: P,
+    /// What has completed, and could not be given back.
+    completed: Vec<(Head, Written)>,
+    requests: Vec<PutOff>,
+}
+
+impl<P> Unfinished<P> {
+    /// The queue over its memory, and the requests that it is to go on with.
+    fn go_on<Q: Virtqueue<Parked = P>>(self, memory: Q::Memory) -> (Q, Vec<PutOff>) {
+        let mut queue = Q::resume(self.queue, memory);
+        for (head, written) in self.completed {
+            queue.complete(head, written);
+        }
+        (queue, self.requests)
+    }
 }
 
 /// One request queue.
@@ -148,6 +178,10 @@ struct BlockQueue<Q: Virtqueue> {
     events: Arc<Events>,
     /// Whether requests are taken: not when stopped, nor after the driver broke the rules.
     accepting: bool,
+    /// Whether it is to come to rest, and what waits to be put off for that.
+    resting: bool,
+    /// Requests that the backend has given back as it came to rest: they are left to the next task.
+    put_off: Vec<PutOff>,
     warned_blank: bool,
     /// Counts what is done here.
     meter: Meter,
@@ -285,6 +319,18 @@ impl<Q: Virtqueue<Memory: MappedQueue>> BlockQueue<Q> {
         self.submit(mem::replace(io, next));
     }
 
+    /// Goes on with a request of the task before. The disk may have fewer bytes by now.
+    fn take_up(&mut self, mut io: Box<Io>) {
+        io.token = self.made;
+        self.made = self.made.wrapping_add(1);
+        self.in_flight = self.in_flight.wrapping_add(1);
+        if end(&io) <= self.limits.capacity.saturating_mul(SECTOR) {
+            self.stalled.push_back(io);
+        } else {
+            self.completions.push(Completion { io, result: Err(io::Error::from_raw_os_error(libc::EIO)) });
+        }
+    }
+
     /// Hands an operation to the backend, or has it wait for room there, behind those that wait already.
     #[inline(always)]
     fn submit(&mut self, io: Box<Io>) {
@@ -299,6 +345,9 @@ impl<Q: Virtqueue<Memory: MappedQueue>> BlockQueue<Q> {
     #[inline]
     fn give_back(&mut self) -> Round {
         self.backend.reap(&mut self.completions);
+        if self.resting {
+            self.backend.put_off(&mut self.put_off);
+        }
         let mut round = Round::Nothing;
         if !self.completions.is_empty() {
             round = Round::Progress;
@@ -387,6 +436,15 @@ fn another(made: &mut u16) -> Box<Io> {
     Box::new(Io::new(token, Op::Flush, PinnedBuffers::default()))
 }
 
+/// Where an operation ends in the store.
+fn end(io: &Io) -> u64 {
+    match io.op {
+        Op::Read { offset } | Op::Write { offset, .. } => offset.saturating_add(io.buffers.len()),
+        Op::Discard { offset, len } | Op::WriteZeroes { offset, len, .. } => offset.saturating_add(len),
+        Op::Flush => 0,
+    }
+}
+
 /// What an operation counts as.
 #[inline(always)]
 fn kind(op: Op) -> Kind {
@@ -415,7 +473,7 @@ fn failure(error: &io::Error, io: &Io, written: u32) -> (Status, Written) {
     (status, if matches!(io.op, Op::Read { .. }) { Written::First(0) } else { success(io, written) })
 }
 
-impl<Q: Virtqueue<Memory: MappedQueue>> QueueTask for BlockQueue<Q> {
+impl<Q: Virtqueue<Memory: MappedQueue, Parked: Send + 'static>> QueueTask for BlockQueue<Q> {
     fn run(&mut self, share: Share) -> Round {
         let taken = self.take_requests(share);
         let given = self.give_back();
@@ -467,7 +525,7 @@ impl<Q: Virtqueue<Memory: MappedQueue>> QueueTask for BlockQueue<Q> {
     }
 
     fn stop(&mut self) {
-        self.accepting = false;
+        (self.accepting, self.resting) = (false, true);
         self.backend.hasten();
     }
 
@@ -476,19 +534,23 @@ impl<Q: Virtqueue<Memory: MappedQueue>> QueueTask for BlockQueue<Q> {
     }
 
     fn in_flight(&self) -> usize {
-        self.in_flight
+        self.in_flight.saturating_sub(self.put_off.len())
     }
 
     fn is_dormant(&self) -> bool {
         self.backend.is_dormant()
     }
 
-    fn state(&self) -> QueueState {
-        match &self.queue {
-            Ring::Mapped(queue) => queue.state(),
-            Ring::Lost(parked, _) => Q::parked_state(parked),
-            Ring::Changing => QueueState::default(),
-        }
+    fn leave(&mut self) -> Left {
+        let (queue, completed) = match mem::replace(&mut self.queue, Ring::Changing) {
+            Ring::Mapped(queue) => (queue.park(), Vec::new()),
+            Ring::Lost(queue, completed) => (queue, completed),
+            Ring::Changing => return Left::default(),
+        };
+        let state = Q::parked_state(&queue);
+        let requests = mem::take(&mut self.put_off);
+        let any = !requests.is_empty() || !completed.is_empty();
+        Left { state, unfinished: any.then(|| Box::new(Unfinished { queue, completed, requests }) as _) }
     }
 
     fn give_up(&mut self, why: &str) {

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use pci::Interrupt;
 use virtio::memory::{GuestMemory, RingAddresses, RingMapError};
-use virtio::queue::{QueueState, RingFeatures};
+use virtio::queue::RingFeatures;
 use virtio::transport::VirtioPci;
 
 use crate::backend::fabric::Fabric;
@@ -15,7 +15,7 @@ use crate::doorbell_page::DoorbellPage;
 use crate::faults::DeviceFaults;
 use crate::session::Events;
 use crate::status::SharedStatus;
-use crate::worker::TaskBuilder;
+use crate::worker::{Left, TaskBuilder};
 
 /// A device as a session serves it. It outlives its clients.
 pub(crate) struct Device {
@@ -83,8 +83,8 @@ pub(crate) struct QueueParts {
     pub(crate) index: u16,
     pub(crate) place: QueuePlace,
     pub(crate) features: RingFeatures,
-    /// Where it stood when it was stopped; `None` if it is new.
-    pub(crate) state: Option<QueueState>,
+    /// What it left when it was stopped; `None` if it is new.
+    pub(crate) left: Option<Left>,
     pub(crate) memory: GuestMemory,
     pub(crate) interrupt: Arc<dyn Interrupt>,
     pub(crate) events: Arc<Events>,

@@ -46,8 +46,8 @@ pub(crate) enum AddError {
     NoPolledRings,
     /// To open its store takes more than the sandbox leaves.
     #[error(
-        "only plain files, memory and null can be added in the sandbox; name this device in the configuration, or start the \
-         server with --sandbox off"
+        "only plain files, memory and null can be added in the sandbox, and none with an overlay or power_cut; name this device in \
+         the configuration, or start the server with --sandbox off"
     )]
     Sandboxed,
 }
@@ -182,8 +182,9 @@ impl Handle {
     /// If it has none, or somebody is at it, or it does not come to rest, or what is to be done fails.
     pub(crate) fn empty<E: From<OrderError> + From<EmptyError>>(
         &self,
+        cached: Cached,
         may_begin: impl FnOnce(&Status) -> Result<(), E>,
-        work: impl FnOnce(&Emptying) -> Result<Emptied, EmptyError>,
+        work: impl Fn(&Emptying) -> Result<Emptied, EmptyError>,
     ) -> Result<Emptied, E> {
         let overlay = self.overlay().ok_or(OrderError::NoOverlay)?;
         let (emptying, paused) = {
@@ -193,10 +194,26 @@ impl Handle {
             self.operator.order(Order::Pause)?;
             (emptying, paused)
         };
-        // What a cache before it still has would come into it afterwards.
-        let written = if self.built_in.power.is_some() { self.flush().map_err(OrderError::Storage) } else { Ok(()) };
-        let result =
-            written.map_err(E::from).and_then(|()| may_begin(&self.status())).and_then(|()| Ok(work(&emptying)?));
+        let result = may_begin(&self.status()).and_then(|()| {
+            // What a cache before it still has would come into it afterwards.
+            let cache = self.built_in.power.as_ref().and_then(Weak::upgrade);
+            let mut emptied = Emptied::default();
+            if cached == Cached::IsWritten && cache.is_some() {
+                // A full overlay has room for more when what it has is elsewhere.
+                while let Err(error) = self.flush() {
+                    let made_room = work(&emptying)?;
+                    if error.kind() != io::ErrorKind::StorageFull || made_room.own == 0 {
+                        return Err(OrderError::Storage(error).into());
+                    }
+                    emptied = emptied.and(made_room);
+                }
+            }
+            let emptied = emptied.and(work(&emptying)?);
+            if let (Cached::IsForgotten, Some(cache)) = (cached, cache) {
+                cache.cut(PowerCut::Drop, 0).map_err(OrderError::Storage)?;
+            }
+            Ok(emptied)
+        });
         // Before queues are attached again.
         drop(emptying);
         let resumed = if paused { Ok(0) } else { self.order(Order::Resume) };
@@ -242,6 +259,15 @@ impl Handle {
     pub(crate) fn flush(&self) -> io::Result<()> {
         self.store.upgrade().map_or(Ok(()), |store| store.flush())
     }
+}
+
+/// What becomes of the writes in a device's cache when its overlay is emptied.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Cached {
+    /// They are part of what is in the overlay.
+    IsWritten,
+    /// They go with it.
+    IsForgotten,
 }
 
 struct Served {

@@ -52,10 +52,13 @@ fn explain(error: &anyhow::Error) -> String {
 }
 
 fn serve(arguments: ServeArgs) -> Result<()> {
-    let mut config = match (arguments.config, arguments.device) {
-        (Some(path), None) => ServerConfig::read(&path)?,
-        (None, Some(device)) => ServerConfig::new(vec![device]),
-        (None, None) if arguments.server.control_socket.is_some() => ServerConfig::new(Vec::new()),
+    let config = match (arguments.config, arguments.device) {
+        (Some(path), None) => ServerConfig::read_to_serve(&path, arguments.server)?,
+        (None, device) if device.is_some() || arguments.server.control_socket.is_some() => {
+            let mut config = ServerConfig::new(device.into_iter().collect());
+            config.override_with(arguments.server);
+            config
+        }
         _ => {
             return Err(exit::UsageError(
                 "there is nothing to serve; give --socket-path PATH, --config FILE or --control-socket PATH",
@@ -63,7 +66,6 @@ fn serve(arguments: ServeArgs) -> Result<()> {
             .into());
         }
     };
-    config.override_with(arguments.server);
     let sockets = InheritedSockets::of_environment().map_err(vfio_user_blk::OpenError::from)?;
     // Before the first thread, so that none of them is interrupted in its place.
     let mut signals = Signals::new([SIGTERM, SIGINT]).context("cannot handle signals")?;

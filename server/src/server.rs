@@ -307,7 +307,8 @@ pub(crate) fn open_device(
     let rates = config.rates.map_or(Ok(None), |rates| rates.limits()).map_err(|error| invalid(error.into()))?;
     let fabric = config.fabric.as_ref().map(|fabric| fabric.find(fabrics)).transpose();
     let fabric = fabric.map_err(|error| invalid(error.into()))?;
-    if rates.is_some() || fabric.is_some() || config.on_error() == OnError::Retry {
+    let waits = config.faults.iter().any(|fault| fault.latency.is_some());
+    if rates.is_some() || fabric.is_some() || config.on_error() == OnError::Retry || waits {
         store::try_layers(config)?;
     }
     let faults = Arc::new(DeviceFaults::new(config));

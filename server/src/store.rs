@@ -92,8 +92,8 @@ pub enum StoreError {
         /// What is missing, and how to have it.
         source: UringError,
     },
-    /// Limits, a fabric or pauses between attempts without io_uring, whose timers they wait for.
-    #[error("{}: limits, fabric and on_error = \"retry\": {source}", socket_path.display())]
+    /// Limits, a fabric, pauses between attempts or late faults without io_uring, whose timers they wait for.
+    #[error("{}: limits, fabric, on_error = \"retry\" and faults with a latency: {source}", socket_path.display())]
     LayersUring {
         /// The device's socket.
         socket_path: PathBuf,

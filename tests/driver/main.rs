@@ -43,6 +43,7 @@ mod service;
 mod storage_faults;
 mod top;
 mod transport;
+mod waiting;
 mod words;
 mod workers;
 mod workload;

@@ -8,16 +8,16 @@ use serde_json::{Value, json};
 use vfio_user_blk::control::ControlClient;
 
 use crate::binary::{Served, command};
-use crate::control::{done, refused};
-use crate::rig::{DISK, IOERR, Machine, OK, completion, execute, exercise, until};
+use crate::control::done;
+use crate::rig::{DISK, IOERR, Machine, OK, RINGS, completion, execute, exercise, until};
 
 /// A server of a disk in memory that a file describes: `device` are lines of its table, and what follows that.
-fn serve(device: &str) -> (Served, ControlClient) {
+pub(crate) fn serve(device: &str) -> (Served, ControlClient) {
     let server = Served::start(|folder| {
         fs::write(folder.join("golden.img"), vec![7; DISK as usize]).unwrap();
         let path = folder.join("serve.toml");
         let text = format!(
-            "control_socket = \"control.sock\"\n[[device]]\nsocket_path = \"blk.sock\"\nname = \"disk\"\nsize = {DISK}\n{device}"
+            "control_socket = \"control.sock\"\ncontrol_allow = [\"golden.img\"]\n[[device]]\nsocket_path = \"blk.sock\"\nname = \"disk\"\nsize = {DISK}\n{device}"
         );
         fs::write(&path, text).unwrap();
         vec!["--config".into(), path.display().to_string()]
@@ -87,23 +87,110 @@ fn a_full_disk_is_a_slow_one_until_there_is_room() {
 }
 
 #[test]
-fn a_pause_waits_for_what_is_held_and_loses_nothing() {
-    let (server, mut operator) = serve(&failing("on_error = \"hold\"", 3));
+fn a_full_overlay_is_emptied_while_a_write_is_held() {
+    let (server, mut operator) = serve("overlay_of = \"golden.img\"\noverlay_limit = 8192\non_error = \"hold\"\n");
+    let mut machine = Machine::new(server.client(), &BlockOptions::default());
+    let disk = json!({ "device": "disk", "force": true });
+    let mut expected = vec![7; DISK as usize];
+    for (round, method) in (1..).zip(["device.commit", "device.discard", "device.commit"]) {
+        // What was held before is there by now, and has room for itself only.
+        done(&mut operator, "device.commit", json!({ "device": "disk" }));
+        let before = expected.clone();
+        let buffer = machine.memory.allocate(4096, 4096).unwrap();
+        for (sector, byte) in [(0, round), (8, round + 10)] {
+            machine.queues[0].write(sector, &[byte; 4096]).unwrap();
+            expected[sector as usize * 512..][..4096].fill(byte);
+        }
+        buffer.write(0, &[round + 20; 4096]).unwrap();
+        submit(&mut machine.queues[0], &buffer, 16);
+        is_held(&mut operator, 1, "No space left");
+        let params = if method == "device.commit" { json!({ "device": "disk" }) } else { disk.clone() };
+        done(&mut operator, method, params);
+        if method == "device.discard" {
+            expected = before;
+        }
+        // Nobody has to say that it may go on.
+        assert_eq!(completion(&mut machine.queues[0]).status, OK);
+        expected[16 * 512..][..4096].fill(round + 20);
+        until("nothing is held", || held(&mut operator) == json!({ "requests": 0, "error": null }));
+        let mut bytes = vec![0; 64 * 512];
+        machine.queues[1].read(0, &mut bytes).unwrap();
+        assert!(bytes == expected[..bytes.len()], "{method}, round {round}");
+    }
+    drop(machine);
+    let folder = server.stop();
+    // What was held was written after the last commit: it is in the overlay, which has gone.
+    expected[16 * 512..][..4096].fill(22);
+    assert!(fs::read(folder.path().join("golden.img")).unwrap() == expected, "the base has what was committed");
+}
+
+#[test]
+fn a_pause_puts_off_what_is_held_and_loses_nothing() {
+    for features in RINGS {
+        let (server, mut operator) =
+            serve(&format!("packed = true\nin_order = true\nnum_queues = 1\n{}", failing("on_error = \"hold\"", 5)));
+        let options = BlockOptions { features: BlockOptions::FEATURES | features, ..BlockOptions::default() };
+        let mut machine = Machine::new(server.client(), &options);
+        let disk = json!({ "device": "disk" });
+        let buffer = machine.memory.allocate(4 * 4096, 4096).unwrap();
+        for at in 0..3 {
+            buffer.write(at * 4096, &[at as u8 + 1; 4096]).unwrap();
+            let data = [buffer.segment(at * 4096, 4096).unwrap()];
+            let request = BlockRequest { kind: RequestType::Write, sector: 8 * at as u64, data: &data };
+            machine.queues[0].submit(&request).unwrap();
+        }
+        machine.queues[0].publish().unwrap();
+        is_held(&mut operator, 1, "Input/output error");
+        // The others pass, unless they may not.
+        let in_order = features & BlockOptions::IN_ORDER != 0;
+        let mut given_back = usize::from(!in_order) * 2;
+        (0..given_back).for_each(|_| assert_eq!(completion(&mut machine.queues[0]).status, OK));
+        for method in ["device.pause", "device.drain", "device.pause"] {
+            assert_eq!(done(&mut operator, method, disk.clone())["paused"], true);
+            assert_eq!(held(&mut operator), json!({ "requests": 1, "error": "Input/output error (os error 5)" }));
+        }
+        // What is behind it now waits in the ring.
+        let data = [buffer.segment(3 * 4096, 4096).unwrap()];
+        let request = BlockRequest { kind: RequestType::Read, sector: 0, data: &data };
+        machine.queues[0].submit(&request).unwrap();
+        machine.queues[0].publish().unwrap();
+        assert!(machine.queues[0].poll().unwrap().is_none(), "the guest is told of nothing");
+        let resumed = done(&mut operator, "device.resume", disk.clone());
+        assert_eq!((&resumed["sent_again"], &resumed["paused"]), (&json!(1), &json!(false)));
+        while given_back < 4 {
+            assert_eq!(completion(&mut machine.queues[0]).status, OK);
+            given_back += 1;
+        }
+        until("nothing is held", || held(&mut operator)["requests"] == 0);
+        let mut bytes = [0; 3 * 4096];
+        machine.queues[0].read(0, &mut bytes).unwrap();
+        assert!(bytes.chunks(4096).zip(1..).all(|(piece, byte)| piece == [byte; 4096]));
+        // A reset forgets what was put off.
+        machine.queues[0].flush().unwrap();
+        for sector in [0, 8] {
+            submit(&mut machine.queues[0], &buffer, sector);
+        }
+        is_held(&mut operator, 1, "Input/output error");
+        done(&mut operator, "device.pause", disk.clone());
+        machine.client.reset().unwrap();
+        assert_eq!(held(&mut operator), json!({ "requests": 0, "error": null }));
+        done(&mut operator, "device.resume", disk);
+        machine.reboot(&options);
+        exercise(&mut machine.queues);
+        drop(machine);
+        server.stop();
+    }
+}
+
+#[test]
+fn what_was_put_off_may_have_no_place_any_more() {
+    let (server, mut operator) = serve(&failing("on_error = \"hold\"", 9));
     let mut machine = Machine::new(server.client(), &BlockOptions::default());
     let buffer = machine.memory.allocate(4096, 4096).unwrap();
-    let disk = json!({ "device": "disk" });
-    submit(&mut machine.queues[0], &buffer, 0);
+    submit(&mut machine.queues[0], &buffer, DISK / 512 - 8);
     is_held(&mut operator, 1, "Input/output error");
-    for method in ["device.pause", "device.drain", "device.pause"] {
-        let (code, told) = refused(&mut operator, method, disk.clone());
-        assert!(code == 3 && told.contains("paused"), "{told}");
-    }
-    assert!(machine.queues[0].poll().unwrap().is_none(), "the guest is told of nothing");
-    let resumed = done(&mut operator, "device.resume", disk.clone());
-    assert_eq!((&resumed["sent_again"], &resumed["paused"]), (&json!(1), &json!(false)));
-    assert_eq!(completion(&mut machine.queues[0]).status, OK);
-    machine.queues[0].write(8, &[1; 512]).unwrap();
-    machine.queues[0].flush().unwrap();
+    done(&mut operator, "device.resize", json!({ "device": "disk", "size": DISK / 2, "shrink": true }));
+    assert_eq!(completion(&mut machine.queues[0]).status, IOERR);
     drop(machine);
     server.stop();
 }

@@ -198,3 +198,32 @@ fn it_can_be_resized_and_drained() {
     drop(machine);
     server.stop();
 }
+
+/// A cache has more than the overlay behind it has room for.
+#[test]
+fn a_cache_goes_with_its_overlay() {
+    let text = "overlay_of = \"golden.img\"\noverlay_limit = 8192\npower_cut = true\n";
+    let (server, mut operator) = crate::on_error::serve(text);
+    let mut machine = Machine::new(server.client(), &BlockOptions::default());
+    let fill = |machine: &mut Machine, byte: u8| {
+        (0..5).for_each(|at| machine.queues[0].write(8 * at, &[byte; 4096]).unwrap());
+    };
+    let there = |machine: &mut Machine, byte: u8| {
+        let mut bytes = vec![0; 5 * 4096];
+        machine.queues[0].read(0, &mut bytes).unwrap();
+        assert!(bytes == vec![byte; 5 * 4096], "{byte} is not there");
+    };
+    fill(&mut machine, 1);
+    let (code, _) = refused(&mut operator, "device.discard", json!({ "device": "disk" }));
+    assert_eq!(code, 2);
+    there(&mut machine, 1);
+    done(&mut operator, "device.discard", json!({ "device": "disk", "force": true }));
+    there(&mut machine, 7);
+    fill(&mut machine, 2);
+    let committed = done(&mut operator, "device.commit", json!({ "device": "disk" }));
+    assert_eq!(committed["written"], 5 * 4096);
+    there(&mut machine, 2);
+    drop(machine);
+    let folder = server.stop();
+    assert!(std::fs::read(folder.path().join("golden.img")).unwrap()[..5 * 4096] == [2; 5 * 4096]);
+}

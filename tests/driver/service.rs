@@ -12,11 +12,12 @@ use std::sync::Arc;
 use client::{BlockOptions, Client};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
-use serde_json::Value;
+use serde_json::{Value, json};
 use testbed::{Progress, Tool};
 use vfio_user_blk::control::ControlClient;
 
-use crate::binary::command;
+use crate::binary::{Served, command};
+use crate::control::done;
 use crate::rig::{LIMIT, Machine, exercise};
 
 #[test]
@@ -43,6 +44,27 @@ fn a_service_manager_is_told() {
     kill(Pid::from_raw(server.id().try_into().unwrap()), Signal::SIGTERM).unwrap();
     assert!(heard().starts_with("STOPPING=1\n"));
     assert!(server.wait().unwrap().success());
+}
+
+/// As the unit that is shipped has it: operators add all devices.
+#[test]
+fn an_empty_configuration_is_served_for_operators() {
+    let server = Served::start(|folder| {
+        fs::write(folder.join("server.toml"), "control_mode = \"0600\"\n").unwrap();
+        vec!["--config".into(), "server.toml".into(), "--control-socket".into(), "control.sock".into()]
+    });
+    let mut operator = ControlClient::connect(&server.folder().join("control.sock")).unwrap();
+    assert_eq!(done(&mut operator, "device.list", json!({})), json!({ "devices": [] }));
+    let folder = server.stop();
+    let serve = command().args(["serve", "--config", "server.toml"]).current_dir(folder.path()).output().unwrap();
+    let said = String::from_utf8(serve.stderr).unwrap();
+    assert!(serve.status.code() == Some(78), "{said}");
+    fs::write(folder.path().join("server.toml"), "").unwrap();
+    let output = |words: &[&str]| command().args(words).current_dir(folder.path()).output().unwrap();
+    assert!(output(&["check", "server.toml"]).status.success());
+    let serve = output(&["serve", "--config", "server.toml"]);
+    let said = String::from_utf8(serve.stderr).unwrap();
+    assert!(serve.status.code() == Some(78) && said.contains("no device in it"), "{said}");
 }
 
 /// The server as a service manager starts it, with sockets of its own for standard input and output, which become the descriptors

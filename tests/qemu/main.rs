@@ -6,6 +6,7 @@
 mod debian;
 mod devices;
 mod disconnect;
+mod faults;
 mod firmware;
 mod first_path;
 mod hotplug;

@@ -12,14 +12,14 @@ use testbed::{Machine, Server, binary, output};
 use crate::{Disk, MIB, create_image, image, socket, testbed};
 
 /// A disk of zeroes whose server is told what to do.
-struct Controlled {
-    disk: Disk,
+pub(crate) struct Controlled {
+    pub(crate) disk: Disk,
     control: PathBuf,
 }
 
 impl Controlled {
     /// With these lines in the device's table of the configuration.
-    fn new(size: u64, device: &str) -> Result<Self> {
+    pub(crate) fn new(size: u64, device: &str) -> Result<Self> {
         let dir = tempfile::tempdir()?;
         create_image(&image(dir.path()), size)?;
         let (control, config) = (dir.path().join("control.sock"), dir.path().join("config.toml"));
@@ -34,7 +34,7 @@ impl Controlled {
     }
 
     /// What `ctl` says.
-    fn ctl(&self, words: &[&str]) -> Result<String> {
+    pub(crate) fn ctl(&self, words: &[&str]) -> Result<String> {
         output(Command::new(binary()?).arg("ctl").arg("--socket").arg(&self.control).args(words))
     }
 }

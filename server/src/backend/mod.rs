@@ -52,6 +52,7 @@ use std::rc::Rc;
 use virtio::memory::PinnedBuffers;
 use virtio::queue::Head;
 
+use hold::PutOff;
 use uring::Uring;
 
 /// Bytes of a sector, the unit in which virtio counts (virtio 1.3 §5.2).
@@ -226,6 +227,10 @@ pub trait Backend {
     /// The queue is stopped for good, and somebody waits for the end of what is in flight: what does not depend on the kernel
     /// alone, as on a server that does not answer, may fail soon. May be said more than once.
     fn stop(&mut self) {}
+
+    /// The queue rests: takes back what waits for somebody's word, or for nothing that lies below. When the queue goes on, it is
+    /// submitted anew to another backend of the same store.
+    fn put_off(&mut self, _unfinished: &mut Vec<PutOff>) {}
 
     /// Whether nothing will come of what is in flight before the kernel wakes the thread: to look for it awake is in vain.
     fn is_dormant(&self) -> bool {

@@ -70,7 +70,7 @@ impl<S: Execute + Send + Sync + 'static> Threads<S> {
 
     /// Has one of the threads flush the store, and waits for it.
     pub(super) fn flush(&self) -> io::Result<()> {
-        self.call("a flush", |store| store.execute(&Io { token: 0, op: Op::Flush, buffers: PinnedBuffers::default() }))
+        self.call("a flush", |store| store.execute(&Io::new(0, Op::Flush, PinnedBuffers::default())))
     }
 
     /// Has one of the threads do something, `what`, to the store, and waits for it.

@@ -27,8 +27,11 @@ pub enum ConfigFileError {
         /// What is wrong where.
         source: Box<toml::de::Error>,
     },
-    /// It names no device.
-    #[error("{path}: there is no device in it; add a [[device]] table with a socket_path, or a control_socket")]
+    /// There is nothing to serve, and nobody could add a device.
+    #[error(
+        "{path}: there is no device in it; add a [[device]] table with a socket_path, or a control_socket (--control-socket), by \
+         which devices are added"
+    )]
     NoDevice {
         /// The file.
         path: PathBuf,
@@ -77,9 +80,25 @@ impl ServerConfig {
     /// # Errors
     /// With the file, the place in it, and what is allowed there.
     pub fn read(path: &Path) -> Result<Self, ConfigFileError> {
+        Self::read_with(path, Self::default())
+    }
+
+    /// The same, to be served: with what `options` say of the workers and of the control socket, which come before the file.
+    ///
+    /// # Errors
+    /// As [`read`](Self::read); and if there would be nothing to serve.
+    pub fn read_to_serve(path: &Path, options: Self) -> Result<Self, ConfigFileError> {
+        let config = Self::read_with(path, options)?;
+        if config.devices.is_empty() && config.control_socket.is_none() {
+            return Err(ConfigFileError::NoDevice { path: path.to_owned() });
+        }
+        Ok(config)
+    }
+
+    fn read_with(path: &Path, options: Self) -> Result<Self, ConfigFileError> {
         let text =
             std::fs::read_to_string(path).map_err(|source| ConfigFileError::Read { path: path.to_owned(), source })?;
-        Self::parse(path, &text)
+        Self::parse_with(path, &text, options)
     }
 
     /// Understands the text of a file; `path` is for the errors.
@@ -87,12 +106,14 @@ impl ServerConfig {
     /// # Errors
     /// As [`read`](Self::read).
     pub fn parse(path: &Path, text: &str) -> Result<Self, ConfigFileError> {
+        Self::parse_with(path, text, Self::default())
+    }
+
+    fn parse_with(path: &Path, text: &str, options: Self) -> Result<Self, ConfigFileError> {
         let path = || path.to_owned();
-        let config: Self =
+        let mut config: Self =
             toml::from_str(text).map_err(|source| ConfigFileError::Parse { path: path(), source: Box::new(source) })?;
-        if config.devices.is_empty() && config.control_socket.is_none() {
-            return Err(ConfigFileError::NoDevice { path: path() });
-        }
+        config.override_with(options);
         let mut sockets = HashSet::new();
         for (number, device) in (1..).zip(&config.devices) {
             let socket_path = device.socket_path.clone();
@@ -224,7 +245,6 @@ mod tests {
     #[test]
     fn errors_name_the_place() {
         for (text, words) in [
-            ("", "no device"),
             ("\nworkers = 0\n[[device]]\nsocket_path = \"a\"", "line 2: workers is 0"),
             ("worker_cpus = [\"0-\"]\n[[device]]\nsocket_path = \"a\"", "such as 0,2,4-7"),
             ("[[device]]", "socket_path"),

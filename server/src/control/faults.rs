@@ -9,6 +9,7 @@ use crate::backend::faults::{Breakdown, MAX_RULES};
 use crate::config::{FaultConfig, InvalidFault, TriggerKind};
 use crate::devices::Devices;
 use crate::session::Order;
+use crate::store::has_rings;
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -51,6 +52,9 @@ pub(super) fn add(devices: &Devices, given: Value) -> Result<Value, Failure> {
     let Add { device, rule } = params(given)?;
     let device = find(devices, &device)?;
     rule.check(device.num_queues).map_err(Failure::invalid_params)?;
+    if rule.latency.is_some() && !has_rings() {
+        return Err(Failure::new(Failure::SYSTEM, "a latency needs io_uring, which is not available; see the log"));
+    }
     let full = || Failure::new(Failure::BUSY, format!("the device has {MAX_RULES} faults; remove some"));
     let id = device.add_fault(&rule)?.ok_or_else(full)?;
     log::warn!("{}: fault {id} by an operator: {}", device.name, json!(rule));

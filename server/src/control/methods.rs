@@ -13,7 +13,7 @@ use crate::backend::hold::HeldRequests;
 use crate::backend::overlay::{Emptied, EmptyError, Progress};
 use crate::backend::power_cut::PowerCut;
 use crate::config::{DeviceConfig, FabricChoice, InvalidFabric, RateLimits, Size};
-use crate::devices::{AddError, Devices, Handle};
+use crate::devices::{AddError, Cached, Devices, Handle};
 use crate::diagnosis::Diagnosis;
 use crate::server::OpenError;
 use crate::session::{Order, OrderError};
@@ -281,7 +281,8 @@ fn commit(devices: &Devices, given: Value) -> Result<Value, Failure> {
     let device = find(devices, &device)?;
     let begun = Instant::now();
     let go_on = || !devices.are_stopping();
-    let Emptied { own, written, zeroed } = device.empty::<Failure>(|_| Ok(()), |overlay| overlay.commit(&go_on))?;
+    let Emptied { own, written, zeroed } =
+        device.empty::<Failure>(Cached::IsWritten, |_| Ok(()), |overlay| overlay.commit(&go_on))?;
     let seconds = begun.elapsed().as_secs_f64();
     log::info!("{}: committed by an operator: {written} bytes and {zeroed} of zeroes in {seconds:.1} s", device.name);
     Ok(json!({ "device": device.name, "freed": own, "written": written, "zeroed": zeroed, "seconds": seconds }))
@@ -302,7 +303,7 @@ fn discard(devices: &Devices, given: Value) -> Result<Value, Failure> {
     };
     // Asked before it is paused for that, and again when nobody can have seen anything of it since.
     detached(&device.status())?;
-    let Emptied { own, .. } = device.empty(detached, |overlay| overlay.discard())?;
+    let Emptied { own, .. } = device.empty(Cached::IsForgotten, detached, |overlay| overlay.discard())?;
     log::info!("{}: discarded by an operator: {own} bytes", device.name);
     Ok(json!({ "device": device.name, "freed": own }))
 }

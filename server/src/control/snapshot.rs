@@ -25,6 +25,9 @@ pub struct DeviceSnapshot {
     pub paused: bool,
     /// Whether a client is connected.
     pub attached: bool,
+    /// Requests that its storage has failed and that wait.
+    #[serde(default)]
+    pub held: usize,
     /// The first queue's first.
     pub queues: Vec<QueueSnapshot>,
 }
@@ -51,6 +54,7 @@ impl Snapshot {
                 size: status.size,
                 paused: status.paused,
                 attached: status.client.is_some(),
+                held: device.held().map_or(0, |held| held.requests),
                 queues: queues.map(|(statistics, stages)| QueueSnapshot { statistics, stages }).collect(),
             }
         });

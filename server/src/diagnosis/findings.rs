@@ -25,6 +25,7 @@ const QUESTIONS: &[Question] = &[
     no_memory,
     unreachable_memory,
     io_errors,
+    held,
     faults,
     paused,
     no_version,
@@ -175,6 +176,16 @@ fn io_errors(of: &Diagnosis) -> Option<Finding> {
     )
 }
 
+fn held(of: &Diagnosis) -> Option<Finding> {
+    let held = of.held.as_ref().filter(|held| held.requests > 0)?;
+    let (requests, error, device) = (held.requests, held.error.as_deref().unwrap_or("on their way again"), &of.device);
+    warning(
+        "held",
+        format!("the storage has failed {requests} requests, which wait: {error}"),
+        format!("put the storage in order, then: vfio-user-blk ctl resume {device}"),
+    )
+}
+
 fn faults(of: &Diagnosis) -> Option<Finding> {
     let faults = of.setup.faults;
     if faults == 0 {
@@ -182,8 +193,8 @@ fn faults(of: &Diagnosis) -> Option<Finding> {
     }
     warning(
         "faults",
-        format!("{faults} faults on purpose are configured: what it does wrong may be meant"),
-        "take [[device.fault]] out of its configuration when the experiment is over",
+        format!("there are {faults} faults on purpose: what it does wrong may be meant"),
+        "when the experiment is over: vfio-user-blk ctl fault remove --all, and no [[device.fault]] in its configuration",
     )
 }
 
@@ -438,6 +449,7 @@ fn time(nanoseconds: u64) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::backend::hold::HeldRequests;
     use crate::config::DeviceConfig;
     use crate::diagnosis::{Setup, StageTimes};
     use crate::metrics::Statistics;
@@ -464,6 +476,7 @@ mod tests {
             description: String::new(),
             status: Status { size: 1 << 30, paused: false, client: Some(Peer { pid: 1, uid: 2 }), ..Status::default() },
             setup: Setup::of(&DeviceConfig::new("vm1.sock"), 4),
+            held: None,
             silent: None,
             session: Some(Observation {
                 protocol: Some(Protocol::default()),
@@ -513,6 +526,7 @@ mod tests {
                 Box::new(session(|of| (of.memory.unreachable_ranges, of.memory.unreachable_bytes) = (1, 1 << 29))),
             ),
             (Warning, "io_errors", Box::new(|of| of.statistics.io_errors = 1)),
+            (Warning, "held", Box::new(|of| of.held = Some(HeldRequests { requests: 1, error: None }))),
             (Warning, "faults", Box::new(|of| of.setup.faults = 1)),
             (Warning, "paused", Box::new(|of| of.status.paused = true)),
             (Warning, "no_version", Box::new(session(|of| of.protocol = None))),

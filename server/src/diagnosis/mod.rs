@@ -7,6 +7,7 @@ mod findings;
 
 use serde::{Deserialize, Serialize};
 
+use crate::backend::hold::HeldRequests;
 use crate::config::{Cache, DeviceConfig, Doorbell, PollPolicy, StoreKind};
 use crate::devices::Handle;
 use crate::metrics::{Latencies, Stages, Statistics};
@@ -21,6 +22,8 @@ pub(crate) struct Diagnosis {
     #[serde(flatten)]
     status: Status,
     setup: Setup,
+    /// What its storage has failed and waits; `None` if failures are reported.
+    held: Option<HeldRequests>,
     /// Why its session does not say what it knows.
     silent: Option<String>,
     /// Of the client; `None` without one.
@@ -43,7 +46,7 @@ struct Setup {
     num_queues: u16,
     queue_size: u16,
     max_dma_maps: u32,
-    /// Faults on purpose that its configuration has.
+    /// Faults on purpose that it has now.
     faults: usize,
 }
 
@@ -95,7 +98,8 @@ impl Diagnosis {
             device: device.name.clone(),
             description: device.description.clone(),
             status: device.status(),
-            setup: Setup::of(&device.config, device.num_queues),
+            setup: Setup { faults: device.faults().1.len(), ..Setup::of(&device.config, device.num_queues) },
+            held: device.held(),
             silent,
             session,
             statistics: device.statistics().iter().sum(),

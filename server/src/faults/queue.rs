@@ -12,12 +12,12 @@ use std::time::Duration;
 
 use crossbeam::queue::SegQueue;
 use pci::Interrupt;
-use virtio::queue::{Armed, QueueState};
+use virtio::queue::Armed;
 
 use crate::backend::faults::{Delivery, Faults, Timers};
 use crate::backend::uring::Uring;
 use crate::session::Events;
-use crate::worker::{QueueTask, Round, Share, TaskBuilder};
+use crate::worker::{Left, QueueTask, Round, Share, TaskBuilder};
 
 /// Interrupts of one queue that wait at most; those that come then are sent at once.
 const MOST_LATE: usize = 1024;
@@ -184,11 +184,11 @@ impl QueueTask for FaultyTask {
     }
 
     fn is_dormant(&self) -> bool {
-        self.task.is_dormant()
+        self.task.is_dormant() || self.late() > 0 && self.task.in_flight() == 0
     }
 
-    fn state(&self) -> QueueState {
-        self.task.state()
+    fn leave(&mut self) -> Left {
+        self.task.leave()
     }
 
     fn give_up(&mut self, why: &str) {

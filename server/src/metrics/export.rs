@@ -113,6 +113,17 @@ impl Collector for All {
             ConstGauge::new(in_flight).encode(family.encode_family(&labels)?)?;
         }
         let mut family = encoder.encode_descriptor(
+            "requests_held",
+            "Requests that the storage has failed and that wait in the server",
+            None,
+            MetricType::Gauge,
+        )?;
+        for (device, _) in &devices {
+            let Some(held) = device.held() else { continue };
+            let requests = i64::try_from(held.requests).unwrap_or(i64::MAX);
+            ConstGauge::new(requests).encode(family.encode_family(&[("device", device.name.as_str())])?)?;
+        }
+        let mut family = encoder.encode_descriptor(
             "stage",
             "How long requests take for a piece of their way",
             Some(&Unit::Seconds),

@@ -40,13 +40,11 @@ impl Files {
             .and_then(Ruleset::create)
             .map_err(&refused)?;
         let open = |folder: &&Path| PathFd::new(folder).map_err(SandboxError::of("landlock"));
-        let folders = folders.iter().map(open).collect::<Result<Vec<_>, _>>()?;
-        // A single file may be among them, of which nothing can be removed.
-        let remove = |folder: &PathFd| rights(folder) & AccessFs::RemoveFile;
-        let rules = folders.into_iter().filter_map(|folder| {
-            let access = remove(&folder);
-            (!access.is_empty()).then(|| Ok(PathBeneath::new(folder, access)))
-        });
+        let folders = folders.iter().map(open).collect::<Result<Vec<_>, _>>()?.into_iter();
+        // A single file may be among them, of which nothing can be removed, and a rule of nothing is refused.
+        let rules = folders
+            .filter(|folder| rights(folder).contains(AccessFs::RemoveFile))
+            .map(|folder| Ok(PathBeneath::new(folder, AccessFs::RemoveFile)));
         let ports = ports.iter().map(|port| Ok(NetPort::new(*port, AccessNet::ConnectTcp)));
         Ok(Self(all.add_rules(rules).and_then(|all| all.add_rules(ports)).map_err(&refused)?))
     }

@@ -1,10 +1,11 @@
 //! A session's hand on the queues that workers serve.
 
+use std::mem;
 use std::sync::Arc;
 use std::time::Instant;
 
 use virtio::memory::{GuestMemory, RingAddresses, SharedTable};
-use virtio::queue::{QueueState, RingFeatures};
+use virtio::queue::RingFeatures;
 use virtio_bindings::virtio_config::{VIRTIO_F_IN_ORDER, VIRTIO_F_RING_PACKED};
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 
@@ -12,7 +13,7 @@ use super::{DRAIN_LIMIT, Events};
 use crate::backend::faults::Faults;
 use crate::device::{Device, QueueParts, QueuePlace, StartError, StillBusy};
 use crate::faults::FaultyQueue;
-use crate::worker::{Attached, Detaching, Pool};
+use crate::worker::{Attached, Detaching, Left, Pool};
 
 /// The queues of one device.
 pub(super) struct DataPath {
@@ -24,7 +25,7 @@ pub(super) struct DataPath {
 
 enum Slot {
     /// Paused: where to go on; or not started since the last reset.
-    Stopped(Option<QueueState>),
+    Stopped(Option<Left>),
     /// With what goes wrong with it on purpose, if anything did when it was started.
     Running(Attached, Option<Arc<Faults>>),
     /// Was stopped, and still has requests in flight.
@@ -54,8 +55,11 @@ impl DataPath {
             return Ok(());
         }
         slot.rest(Instant::now() + DRAIN_LIMIT)?;
-        let Slot::Stopped(state) = *slot else { return Ok(()) };
+        let Slot::Stopped(left) = slot else { return Ok(()) };
         let Some(interrupt) = device.function.queue_interrupt(index) else { return Ok(()) };
+        // Should the queue not be started, the device needs a reset, which ends what is unfinished.
+        let state = left.as_ref().map(|left| left.state.into());
+        let left = mem::replace(left, state);
         let negotiated = |feature: u32| device.function.driver_features() & 1 << feature != 0;
         let faults = device.faults.rules();
         let faults = faults.any().then(|| Arc::clone(faults));
@@ -73,7 +77,7 @@ impl DataPath {
                 indirect_desc: negotiated(VIRTIO_RING_F_INDIRECT_DESC),
                 in_order: negotiated(VIRTIO_F_IN_ORDER),
             },
-            state,
+            left,
             memory: GuestMemory::new(Arc::clone(&self.memory)),
             interrupt,
             events: Arc::clone(&self.events),
@@ -135,8 +139,8 @@ impl DataPath {
         self.rest_all(Stop::ForGood, deadline)
     }
 
-    /// Stops all queues for a while, and waits for what they have in flight: that has all the time that it takes. What they
-    /// were doing is kept: started again, they go on there.
+    /// Stops all queues for a while, and waits for what they have in flight: that has all the time that it takes, unless it waits for
+    /// somebody's word. What they were doing is kept: started again, they go on there.
     pub(super) fn pause_all(&mut self, deadline: Instant) -> Result<(), StillBusy> {
         self.rest_all(Stop::ForAWhile, deadline)
     }
@@ -178,7 +182,7 @@ enum Stop {
 
 impl Slot {
     fn stop(&mut self, stop: Stop) -> &mut Self {
-        *self = match std::mem::replace(self, Self::Stopped(None)) {
+        *self = match mem::replace(self, Self::Stopped(None)) {
             Self::Running(queue, _) => Self::Stopping(queue.detach()),
             other => other,
         };

@@ -60,10 +60,11 @@ fn key(row: &Row, sort: SortBy) -> f64 {
 }
 
 fn group(old: Option<&DeviceSnapshot>, device: &DeviceSnapshot, seconds: f64, queues: bool) -> Vec<Row> {
-    let state = match (device.paused, device.attached) {
-        (true, _) => "paused",
-        (false, true) => "in use",
-        (false, false) => "waits",
+    let state = match (device.paused, device.held, device.attached) {
+        (true, ..) => "paused",
+        (false, 1.., _) => "holds",
+        (false, 0, true) => "in use",
+        (false, 0, false) => "waits",
     };
     let nothing = QueueSnapshot::default();
     let each: Vec<_> = (device.queues.iter().enumerate())
@@ -133,7 +134,7 @@ pub(super) mod tests {
 
     fn device(name: &str, reads: &[u64]) -> DeviceSnapshot {
         let queues = reads.iter().copied().map(queue).collect();
-        DeviceSnapshot { name: name.into(), size: 1 << 30, paused: false, attached: true, queues }
+        DeviceSnapshot { name: name.into(), size: 1 << 30, paused: false, attached: true, held: 0, queues }
     }
 
     /// Half a second in which the second device did more than the first.

@@ -12,7 +12,7 @@ use std::rc::Rc;
 
 use virtio::queue::{Armed, QueueState};
 
-use super::{QueueTask, Round, Share, TaskBuilder};
+use super::{Left, QueueTask, Round, Share, TaskBuilder};
 use crate::backend::uring::Uring;
 
 #[cfg(not(panic = "unwind"))]
@@ -95,15 +95,15 @@ impl QueueTask for Guarded {
         self.task.as_ref().is_some_and(|task| task.is_dormant())
     }
 
-    fn state(&self) -> QueueState {
-        self.task.as_ref().map_or(self.state, |task| task.state())
+    fn leave(&mut self) -> Left {
+        self.call(None, |task| Some(task.leave())).unwrap_or(self.state.into())
     }
 
     #[cold]
     fn give_up(&mut self, why: &str) {
         let Some(mut task) = self.task.take() else { return };
         let told = guarded(|| task.give_up(why));
-        self.state = guarded(|| task.state()).unwrap_or_default();
+        self.state = guarded(|| task.leave().state).unwrap_or_default();
         if let Err(why) = told.and(guarded(|| drop(task))) {
             log::error!("giving up a queue panicked too: {why}");
         }
@@ -207,8 +207,8 @@ mod tests {
             false
         }
 
-        fn state(&self) -> QueueState {
-            QueueState { next_avail: 7, ..QueueState::default() }
+        fn leave(&mut self) -> Left {
+            QueueState { next_avail: 7, ..QueueState::default() }.into()
         }
 
         fn give_up(&mut self, why: &str) {
@@ -267,7 +267,7 @@ mod tests {
             assert_eq!(hear.recv_timeout(LIMIT), Ok(Told::Kicked));
             given_up(&hear, call);
             assert!(hear.recv().is_err(), "nothing more is asked of it, and it is gone");
-            assert_eq!(task.state().next_avail, 7);
+            assert_eq!(task.leave().state.next_avail, 7);
             assert_eq!(task.in_flight(), 1, "the kernel is still at work");
             drop(end);
             let limit = Instant::now() + LIMIT;
@@ -292,9 +292,9 @@ mod tests {
             good.doorbell().ring();
             assert_eq!(heard.recv_timeout(LIMIT), Ok(Told::Kicked));
         }
-        assert_eq!(detaching.wait_until(Instant::now()), None, "the kernel is still at work");
+        assert!(detaching.wait_until(Instant::now()).is_none(), "the kernel is still at work");
         drop(end);
-        assert_eq!(detaching.wait_until(Instant::now() + LIMIT).map(|state| state.next_avail), Some(7));
+        assert_eq!(detaching.wait_until(Instant::now() + LIMIT).map(|left| left.state.next_avail), Some(7));
         good.doorbell().ring();
         assert_eq!(heard.recv_timeout(LIMIT), Ok(Told::Kicked));
         assert!(good.detach().wait_until(Instant::now() + LIMIT).is_some());

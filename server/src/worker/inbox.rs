@@ -6,10 +6,9 @@ use std::time::Instant;
 
 use crossbeam::channel::Sender;
 use crossbeam::queue::SegQueue;
-use virtio::queue::QueueState;
 
-use super::TaskBuilder;
 use super::wakeup::{Awake, Rung};
+use super::{Left, TaskBuilder};
 use crate::backend::uring::Waker;
 use crate::config::PollPolicy;
 
@@ -31,8 +30,8 @@ pub(super) enum Command {
     Kick(QueueId, Instant),
     /// Guest memory changed under it.
     Refresh(QueueId),
-    /// Stop it, send its state when nothing is in flight any more, and forget it.
-    Detach { id: QueueId, detached: Sender<QueueState> },
+    /// Stop it, send what it leaves when nothing is in flight any more, and forget it.
+    Detach { id: QueueId, detached: Sender<Left> },
     /// It will not go on: what it has in flight may fail rather than take long.
     Hurry(QueueId),
     /// End the thread.

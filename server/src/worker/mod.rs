@@ -16,6 +16,7 @@ mod pool;
 mod sync;
 mod wakeup;
 
+use std::any::Any;
 use std::collections::HashMap;
 use std::io;
 use std::rc::Rc;
@@ -58,6 +59,21 @@ pub(crate) enum Share {
     Part,
 }
 
+/// What a queue that was stopped leaves to its next task.
+#[derive(Default)]
+pub(crate) struct Left {
+    /// Where it stands.
+    pub(crate) state: QueueState,
+    /// What it has taken and not given back, and all that goes with it, which its kind of device knows; `None` if that is nothing.
+    pub(crate) unfinished: Option<Box<dyn Any + Send>>,
+}
+
+impl From<QueueState> for Left {
+    fn from(state: QueueState) -> Self {
+        Self { state, unfinished: None }
+    }
+}
+
 /// One queue, on the thread of its worker.
 pub(crate) trait QueueTask {
     /// One round: takes requests, as many as its share allows, and queues them in the ring, which the worker then starts for
@@ -79,15 +95,15 @@ pub(crate) trait QueueTask {
     /// Stopped for good: what is in flight may fail rather than take long.
     fn hurry(&mut self);
 
-    /// Requests that were taken and not given back.
+    /// Requests that were taken and not given back, but for those that it [leaves](Self::leave) to its next task.
     fn in_flight(&self) -> usize;
 
     /// Whether nothing will come of what is in flight before the ring wakes the worker, which need not stay awake for it,
     /// whatever the policy: nor for more requests, which would only wait behind.
     fn is_dormant(&self) -> bool;
 
-    /// Where it stands in the queue, which is all that it leaves behind when nothing is in flight.
-    fn state(&self) -> QueueState;
+    /// What it leaves behind when it is stopped and nothing is in flight; it is dropped then.
+    fn leave(&mut self) -> Left;
 
     /// It has panicked, or its worker has, and it is about to be dropped with what it has in flight: has the device need a
     /// reset.
@@ -102,8 +118,8 @@ struct Entry {
     doorbell: Arc<Doorbell>,
     task: Guarded,
     patience: Patience,
-    /// Where to send the state once the last request is given back.
-    stopping: Option<Sender<QueueState>>,
+    /// Where to send what it leaves once the last request is given back.
+    stopping: Option<Sender<Left>>,
 }
 
 /// One thread of the pool.
@@ -276,13 +292,13 @@ impl Worker {
 
     fn let_go_of_stopped(&mut self) {
         let over = |entry: &mut Entry| entry.stopping.is_some() && entry.task.in_flight() == 0;
-        for Entry { stopping, task, .. } in self.awake.extract_if(.., over) {
+        for Entry { stopping, mut task, .. } in self.awake.extract_if(.., over) {
             let Some(detached) = stopping else { continue };
-            let state = task.state();
-            // Guest memory that it holds is to be gone when the session goes on.
+            let left = task.leave();
+            // Guest memory that it holds is to be gone when the session goes on, but for that of what it leaves.
             drop(task);
             // Nobody waits any more if the session gave up on a store that did not answer.
-            let _gone = detached.send(state);
+            let _gone = detached.send(left);
         }
     }
 
@@ -380,8 +396,8 @@ mod tests {
             self.backend.is_dormant()
         }
 
-        fn state(&self) -> QueueState {
-            QueueState::default()
+        fn leave(&mut self) -> Left {
+            Left::default()
         }
 
         fn give_up(&mut self, _: &str) {

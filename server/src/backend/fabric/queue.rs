@@ -6,9 +6,13 @@ use std::sync::Arc;
 use std::{io, mem};
 
 use super::Wire;
+use crate::backend::hold::PutOff;
 use crate::backend::timer::{Alarm, Moment};
 use crate::backend::uring::Uring;
 use crate::backend::{Backend, Completion, Full, Io, Op};
+
+/// Nanoseconds in which a message arrives soon: several times those by which a sleeper is woken late.
+const NEAR: Moment = 1_000_000;
 
 pub(super) struct DistantBackend {
     inner: Box<dyn Backend>,
@@ -88,6 +92,14 @@ fn arrived<T>(messages: &mut VecDeque<(Moment, T)>, now: Moment, hastening: bool
     if *at <= now || hastening { messages.pop_front() } else { None }
 }
 
+impl DistantBackend {
+    /// When the next message arrives, which the worker may sleep for; `None` if that is none of them.
+    fn next_arrival(&self) -> Option<Moment> {
+        let (request, response) = (self.requests.front().map(|next| next.0), self.responses.front().map(|next| next.0));
+        request.into_iter().chain(response).min().filter(|_| self.alarm.is_set())
+    }
+}
+
 impl Backend for DistantBackend {
     fn submit(&mut self, io: Box<Io>) -> Result<(), Full> {
         let credits = self.wire.fabric.credits.map_or(usize::MAX, |credits| credits.get().into());
@@ -135,5 +147,16 @@ impl Backend for DistantBackend {
     fn stop(&mut self) {
         self.hastening = true;
         self.inner.stop();
+    }
+
+    fn put_off(&mut self, unfinished: &mut Vec<PutOff>) {
+        self.inner.put_off(unfinished);
+    }
+
+    /// What is near is looked for, if the policy says so: a sleeper is woken late, which would be a part of its time.
+    fn is_dormant(&self) -> bool {
+        let far = |next| next > self.wire.clock.now().saturating_add(NEAR);
+        let others = self.inner.in_flight() == 0 || self.inner.is_dormant();
+        others && self.next_arrival().map_or(self.in_flight() > 0 && self.inner.is_dormant(), far)
     }
 }

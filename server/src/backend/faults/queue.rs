@@ -197,7 +197,8 @@ impl Backend for FaultyBackend {
     }
 
     fn is_dormant(&self) -> bool {
-        let others = self.asleep.as_ref().map_or(0, Timers::in_flight) + self.held.len() + self.done.len();
-        others == 0 && (self.inner.in_flight() == 0 && !self.stuck.is_empty() || self.inner.is_dormant())
+        let asleep = self.asleep.as_ref().map_or(0, Timers::in_flight);
+        let waits = self.inner.in_flight() == 0 && asleep + self.stuck.len() > 0;
+        self.held.is_empty() && self.done.is_empty() && (waits || self.inner.is_dormant())
     }
 }

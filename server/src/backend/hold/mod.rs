@@ -11,7 +11,8 @@
 //!
 //! # The end
 //! Whoever stops a queue for good ([`Backend::stop`]) has what waits there end with the error that it met, and what fails
-//! after that fails. A pause is no such end.
+//! after that fails. A pause is no such end: what waits is [put off](Backend::put_off), so that the stores below come to rest, and is
+//! sent again when the queue goes on.
 
 mod queue;
 #[cfg(test)]
@@ -27,7 +28,7 @@ use queue::HoldBackend;
 use serde::Serialize;
 
 use super::uring::{Uring, Waker};
-use super::{Backend, Service, Store, StoreInfo};
+use super::{Backend, Io, Service, Store, StoreInfo};
 
 /// What is done with an operation that has failed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -154,11 +155,12 @@ impl Held {
         self.waiting().wakers.retain(|(joined, _)| *joined != number);
     }
 
-    /// An operation has failed, for the `first` time or again; with this error, unless that is old news.
-    fn add(&self, first: bool, error: Option<&io::Error>) {
+    /// Operations have failed with this error; the log says so, unless that is old news.
+    fn tell(&self, error: &io::Error) {
         let mut waiting = self.waiting();
-        waiting.requests = waiting.requests.saturating_add(usize::from(first));
-        let Some(error) = error.filter(|_| waiting.error.is_none()) else { return };
+        if waiting.error.is_some() {
+            return;
+        }
         waiting.error = Some(error.to_string());
         drop(waiting);
         let name = &self.name;
@@ -182,16 +184,35 @@ impl Held {
             log::error!("{}: the storage still fails: {error}. The guest is told of it", self.name);
         }
     }
+}
 
-    /// So many operations that had failed are over.
-    fn remove(&self, requests: usize) {
-        if requests == 0 {
-            return;
-        }
-        let mut waiting = self.waiting();
-        waiting.requests = waiting.requests.saturating_sub(requests);
+/// An operation that has failed: counts among those that wait until this is dropped.
+#[derive(Debug)]
+struct Counted(Arc<Held>);
+
+impl Counted {
+    fn new(held: &Arc<Held>) -> Self {
+        let mut waiting = held.waiting();
+        waiting.requests = waiting.requests.saturating_add(1);
+        drop(waiting);
+        Self(Arc::clone(held))
+    }
+}
+
+impl Drop for Counted {
+    fn drop(&mut self) {
+        let mut waiting = self.0.waiting();
+        waiting.requests = waiting.requests.saturating_sub(1);
         if waiting.requests == 0 {
             (waiting.error, waiting.over) = (None, false);
         }
     }
+}
+
+/// An operation that has failed and that no queue has: its own is at rest. It counts among those that wait until this is dropped.
+#[derive(Debug)]
+pub struct PutOff {
+    /// As it came.
+    pub(crate) io: Box<Io>,
+    _counted: Counted,
 }

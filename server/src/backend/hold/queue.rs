@@ -8,7 +8,7 @@ use std::{io, mem};
 
 use virtio::memory::PinnedBuffers;
 
-use super::{Held, OnError};
+use super::{Counted, Held, OnError, PutOff};
 use crate::backend::timer::Asleep;
 use crate::backend::uring::{Client, Uring};
 use crate::backend::{Backend, Completion, Full, Io, Op};
@@ -35,6 +35,7 @@ struct Trouble {
     error: io::Error,
     since: Instant,
     pause: Duration,
+    counted: Counted,
 }
 
 /// An operation that waits.
@@ -174,8 +175,11 @@ impl HoldBackend {
         };
         // It was on its way when they were told to go on, and may have failed before.
         let missed = taken.resumed != resumed;
-        self.held.add(trouble.is_none(), (!missed).then_some(&error));
-        taken.trouble = Some(Trouble { error, since, pause: pause.saturating_mul(2).min(LONGEST_PAUSE) });
+        if !missed {
+            self.held.tell(&error);
+        }
+        let counted = taken.trouble.take().map_or_else(|| Counted::new(&self.held), |trouble| trouble.counted);
+        taken.trouble = Some(Trouble { error, since, pause: pause.saturating_mul(2).min(LONGEST_PAUSE), counted });
         if missed {
             self.unsent.push_back(token);
         } else {
@@ -189,7 +193,6 @@ impl HoldBackend {
             return;
         };
         self.open = self.open.saturating_sub(1);
-        self.held.remove(usize::from(trouble.is_some()));
         let result = result.unwrap_or_else(|| trouble.map_or(Ok(()), |trouble| Err(trouble.error)));
         self.done.push(Completion { io, result });
     }
@@ -297,6 +300,16 @@ impl Backend for HoldBackend {
         self.inner.stop();
     }
 
+    fn put_off(&mut self, unfinished: &mut Vec<PutOff>) {
+        let waiting = mem::take(&mut self.waiting).into_iter().map(|waiting| waiting.token);
+        for token in waiting.chain(mem::take(&mut self.unsent)) {
+            let taken = self.taken.get_mut(usize::from(token)).and_then(Option::take);
+            let Some(Taken { io, trouble: Some(trouble), .. }) = taken else { continue };
+            self.open = self.open.saturating_sub(1);
+            unfinished.push(PutOff { io, _counted: trouble.counted });
+        }
+    }
+
     fn is_dormant(&self) -> bool {
         let waits = self.open > 0 && self.inner.in_flight() == 0;
         !self.stopping && self.unsent.is_empty() && self.done.is_empty() && (waits || self.inner.is_dormant())
@@ -305,7 +318,6 @@ impl Backend for HoldBackend {
 
 impl Drop for HoldBackend {
     fn drop(&mut self) {
-        self.held.remove(self.taken.iter().flatten().filter(|taken| taken.trouble.is_some()).count());
         self.held.leave(self.number);
     }
 }

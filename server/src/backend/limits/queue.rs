@@ -5,6 +5,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 
 use super::Limiter;
+use crate::backend::hold::PutOff;
 use crate::backend::timer::{Alarm, Moment};
 use crate::backend::uring::Uring;
 use crate::backend::{Backend, Completion, Full, Io};
@@ -90,6 +91,10 @@ impl Backend for LimitedBackend {
     fn stop(&mut self) {
         self.hastening = true;
         self.inner.stop();
+    }
+
+    fn put_off(&mut self, unfinished: &mut Vec<PutOff>) {
+        self.inner.put_off(unfinished);
     }
 
     fn is_dormant(&self) -> bool {

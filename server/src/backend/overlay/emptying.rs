@@ -113,6 +113,17 @@ pub struct Emptied {
     pub zeroed: u64,
 }
 
+impl Emptied {
+    /// Both together.
+    pub(crate) fn and(self, more: Self) -> Self {
+        Self {
+            own: self.own.saturating_add(more.own),
+            written: self.written.saturating_add(more.written),
+            zeroed: self.zeroed.saturating_add(more.zeroed),
+        }
+    }
+}
+
 /// How far a commit is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 pub(crate) struct Progress {
