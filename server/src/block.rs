@@ -345,10 +345,7 @@ impl<Q: Virtqueue<Memory: MappedQueue>> BlockQueue<Q> {
     #[inline]
     fn give_back(&mut self) -> Round {
         self.backend.reap(&mut self.completions);
-        if self.resting {
-            self.backend.put_off(&mut self.put_off);
-        }
-        let mut round = Round::Nothing;
+        let mut round = if self.resting { self.put_off() } else { Round::Nothing };
         if !self.completions.is_empty() {
             round = Round::Progress;
             self.meter.reaped();
@@ -363,6 +360,14 @@ impl<Q: Virtqueue<Memory: MappedQueue>> BlockQueue<Q> {
         }
         self.meter.published(signal);
         round
+    }
+
+    /// Takes back what waits for more than the store. There is room for others then, which wait behind it.
+    #[cold]
+    fn put_off(&mut self) -> Round {
+        let before = self.put_off.len();
+        self.backend.put_off(&mut self.put_off);
+        if self.put_off.len() > before { Round::Progress } else { Round::Nothing }
     }
 
     /// Gives all that has completed back to the queue.

@@ -199,12 +199,16 @@ impl Handle {
             let cache = self.built_in.power.as_ref().and_then(Weak::upgrade);
             let mut emptied = Emptied::default();
             if cached == Cached::IsWritten && cache.is_some() {
-                // A full overlay has room for more when what it has is elsewhere.
+                let written_down = || cache.as_ref().map(|cache| cache.written_down());
+                let mut before = None;
+                // A full overlay has room for more when what it has is elsewhere; but not for a write that it never has.
                 while let Err(error) = self.flush() {
+                    let now = written_down();
                     let made_room = work(&emptying)?;
-                    if error.kind() != io::ErrorKind::StorageFull || made_room.own == 0 {
+                    if error.kind() != io::ErrorKind::StorageFull || made_room.own == 0 || before == Some(now) {
                         return Err(OrderError::Storage(error).into());
                     }
+                    before = Some(now);
                     emptied = emptied.and(made_room);
                 }
             }
@@ -349,7 +353,10 @@ impl Devices {
         served.push(Served { handle: handle.clone(), thread, ended });
         drop(served);
         if let Some(size) = device_size {
-            self.growing.watch(handle, size, &self.stop, &self.sandbox)?;
+            let name = handle.name.clone();
+            if let Err(error) = self.growing.watch(handle, size, &self.stop, &self.sandbox) {
+                log::error!("{name}: nobody looks whether its block device grows; ctl resize does: {error}");
+            }
         }
         Ok(())
     }

@@ -143,7 +143,9 @@ impl Watched {
             }
             Err(error) => {
                 log::warn!("{name}: the block device has grown to {device} bytes, and the disk not yet: {error}");
-                (self.stuck, self.patience, self.told) = (!paused, PATIENCE, None);
+                // Only then it was this order that paused it.
+                let stuck = !paused && matches!(error, OrderError::Busy);
+                (self.stuck, self.patience, self.told) = (stuck, PATIENCE, None);
             }
         }
     }

@@ -182,6 +182,33 @@ fn a_pause_puts_off_what_is_held_and_loses_nothing() {
     }
 }
 
+/// What waits behind them for room is put off in its turn; nothing wakes the worker in between.
+#[test]
+fn a_pause_puts_off_more_than_a_fabric_has_credits_for() {
+    let device = format!(
+        "num_queues = 1\npoll = \"never\"\nfabric = \"round_trip=1us,credits=2\"\n{}",
+        failing("on_error = \"hold\"", 1)
+    );
+    let (server, mut operator) = serve(&device);
+    let mut machine = Machine::new(server.client(), &BlockOptions::default());
+    let buffer = machine.memory.allocate(4096, 4096).unwrap();
+    let data = [buffer.segment(0, 4096).unwrap()];
+    for sector in 0..8 {
+        let request = BlockRequest { kind: RequestType::Write, sector: 8 * sector, data: &data };
+        machine.queues[0].submit(&request).unwrap();
+    }
+    machine.queues[0].publish().unwrap();
+    is_held(&mut operator, 2, "Input/output error");
+    let disk = json!({ "device": "disk" });
+    assert_eq!(done(&mut operator, "device.pause", disk.clone())["paused"], true);
+    assert_eq!(held(&mut operator)["requests"], 8);
+    done(&mut operator, "device.fault.remove", json!({ "device": "disk", "all": true }));
+    done(&mut operator, "device.resume", disk);
+    (0..8).for_each(|_| assert_eq!(completion(&mut machine.queues[0]).status, OK));
+    drop(machine);
+    server.stop();
+}
+
 #[test]
 fn what_was_put_off_may_have_no_place_any_more() {
     let (server, mut operator) = serve(&failing("on_error = \"hold\"", 9));

@@ -60,7 +60,6 @@ impl Meter {
     pub(crate) fn taken(&mut self) {
         self.batches = self.batches.wrapping_add(1);
         self.taken = 0;
-        self.reaped = 0;
         if self.batches <= TIMED || self.batches.is_multiple_of(ONE_IN) {
             self.time_batch();
         }
@@ -163,6 +162,7 @@ impl Meter {
             Signal::Suppressed => self.metrics.interrupts_suppressed.add(1),
             Signal::Idle => {}
         }
+        self.reaped = 0;
     }
 
     /// A round of the worker's is over.

@@ -8,6 +8,7 @@ use std::path::Path;
 use nix::fcntl::{FallocateFlags, fallocate};
 
 use super::FileStore;
+use crate::backend::{SECTOR, Store};
 
 /// Why a store that was opened to be read cannot be written.
 #[derive(Debug, thiserror::Error)]
@@ -70,6 +71,11 @@ impl Rewriting<'_> {
 
     /// Makes a file longer, and the store with it; what is new is zero. A block device is as long as it is.
     pub(in crate::backend) fn grow(&self, capacity: u64) -> io::Result<()> {
+        let (len, before) = (self.file.metadata()?.len(), self.store.info().capacity);
+        if len < before || len - before >= SECTOR {
+            let why = format!("somebody has given it {len} bytes meanwhile: is it another program's too?");
+            return Err(io::Error::other(why));
+        }
         self.file.set_len(capacity)?;
         self.store.0.resize(None).map(drop)
     }

@@ -175,10 +175,11 @@ impl HoldBackend {
         };
         // It was on its way when they were told to go on, and may have failed before.
         let missed = taken.resumed != resumed;
+        let counted = taken.trouble.take().map_or_else(|| Counted::new(&self.held), |trouble| trouble.counted);
+        // Whoever hears of it finds it counted.
         if !missed {
             self.held.tell(&error);
         }
-        let counted = taken.trouble.take().map_or_else(|| Counted::new(&self.held), |trouble| trouble.counted);
         taken.trouble = Some(Trouble { error, since, pause: pause.saturating_mul(2).min(LONGEST_PAUSE), counted });
         if missed {
             self.unsent.push_back(token);

@@ -284,10 +284,16 @@ impl Emptying {
         })?;
         stored.iter().try_for_each(|stored| stored.store()).map_err(failed("cannot flush the overlay"))?;
         let mark = |change: &dyn Fn(&mut Header)| whole.own.mark(change).map_err(failed("cannot write its header"));
+        let fate = whole.own.fate();
         mark(&|header| header.fate = Fate::Committed)?;
         if grows {
             // Where the overlay has nothing either, what is new there is zero, as it was.
-            rewriting.grow(info.capacity).map_err(failed("cannot make the base larger"))?;
+            if let Err(error) = rewriting.grow(info.capacity) {
+                if base.store.info().capacity == base_len {
+                    mark(&|header| header.fate = fate)?;
+                }
+                return Err(failed("cannot make the base larger")(error));
+            }
             map.grow_base(info.capacity);
         }
 

@@ -6,13 +6,13 @@ use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::rc::Rc;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::Ordering;
 
 use crossbeam::channel::{Receiver, Sender, select};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use virtio::memory::{Access, GuestMemory, Mapping, MemoryFile, PinnedBuffers, SharedTable};
 
-use super::PowerCut;
+use super::{Counts, PowerCut};
 use super::cache::{Cache, Content, Part, Room, Survivors, Unflushed};
 use crate::backend::desk::Desk;
 use crate::backend::uring::{Uring, Waker};
@@ -40,7 +40,7 @@ pub(super) enum Job {
 pub(super) struct Drive {
     cache: Cache,
     medium: Medium,
-    cuts: Arc<AtomicU64>,
+    counts: Arc<Counts>,
     /// A defect has left something half done.
     broken: bool,
 }
@@ -57,8 +57,8 @@ struct Medium {
 
 impl Drive {
     /// On the thread that calls.
-    pub(super) fn new(store: Arc<dyn Store>, limit: u64, cuts: Arc<AtomicU64>) -> io::Result<Self> {
-        Ok(Self { cache: Cache::new(limit), medium: Medium::new(store)?, cuts, broken: false })
+    pub(super) fn new(store: Arc<dyn Store>, limit: u64, counts: Arc<Counts>) -> io::Result<Self> {
+        Ok(Self { cache: Cache::new(limit), medium: Medium::new(store)?, counts, broken: false })
     }
 
     /// Serves until nobody can ask for anything any more.
@@ -88,7 +88,7 @@ impl Drive {
         // Who asked may have gone.
         match job {
             Job::Do { io, desk, cuts } => desk.receive(io, |io| {
-                if cuts != self.cuts.load(Ordering::Relaxed) {
+                if cuts != self.counts.cuts.load(Ordering::Relaxed) {
                     return Err(io::Error::from_raw_os_error(libc::EIO));
                 }
                 self.guarded(|drive| drive.execute(io))
@@ -182,6 +182,7 @@ impl Drive {
         if let Some(oldest) = self.cache.oldest() {
             self.medium.write_down(oldest)?;
             self.cache.pop();
+            self.counts.written_down.fetch_add(1, Ordering::Relaxed);
         }
         Ok(())
     }
@@ -196,7 +197,7 @@ impl Drive {
 
     fn cut(&mut self, cut: PowerCut, seed: u64) -> io::Result<Survivors> {
         // Release: a queue that is attached with this number is attached after the cut.
-        self.cuts.fetch_add(1, Ordering::Release);
+        self.counts.cuts.fetch_add(1, Ordering::Release);
         let survivors = self.cache.cut(cut, seed);
         self.flush()?;
         Ok(survivors)

@@ -57,9 +57,17 @@ pub enum PowerCut {
 pub struct PowerCutStore {
     inner: Arc<dyn Store>,
     jobs: Option<Sender<Job>>,
-    /// How often the power was cut: queues of before are dead.
-    cuts: Arc<AtomicU64>,
+    counts: Arc<Counts>,
     thread: Option<JoinHandle<()>>,
+}
+
+/// What has come of a cache.
+#[derive(Debug, Default)]
+struct Counts {
+    /// How often the power was cut: queues of before are dead.
+    cuts: AtomicU64,
+    /// Writes that were taken by the store.
+    written_down: AtomicU64,
 }
 
 impl PowerCutStore {
@@ -70,9 +78,9 @@ impl PowerCutStore {
     pub(crate) fn new(inner: Arc<dyn Store>, limit: u64, entrance: &Entrance) -> io::Result<Self> {
         let (jobs, queue) = unbounded();
         let (ready, is_ready) = bounded(1);
-        let cuts = Arc::new(AtomicU64::new(0));
-        let (sandbox, store, its_cuts) = (entrance.queue_up(), Arc::clone(&inner), Arc::clone(&cuts));
-        let run = move || match Drive::new(store, limit, its_cuts) {
+        let counts = Arc::new(Counts::default());
+        let (sandbox, store, its_counts) = (entrance.queue_up(), Arc::clone(&inner), Arc::clone(&counts));
+        let run = move || match Drive::new(store, limit, its_counts) {
             Ok(drive) => {
                 // Who waits for that is there until it comes.
                 let _ = ready.send(Ok(()));
@@ -81,7 +89,7 @@ impl PowerCutStore {
             Err(error) => drop(ready.send(Err(error))),
         };
         let thread = thread::Builder::new().name("store-cache".into()).spawn(run)?;
-        let store = Self { inner, jobs: Some(jobs), cuts, thread: Some(thread) };
+        let store = Self { inner, jobs: Some(jobs), counts, thread: Some(thread) };
         is_ready.recv().map_err(|_| gone())??;
         Ok(store)
     }
@@ -93,6 +101,11 @@ impl PowerCutStore {
     /// If the store fails to take what survives.
     pub fn cut(&self, cut: PowerCut, seed: u64) -> io::Result<Survivors> {
         self.ask(|done| Job::Cut { cut, seed, done })
+    }
+
+    /// How many writes the store has taken out of the cache.
+    pub(crate) fn written_down(&self) -> u64 {
+        self.counts.written_down.load(Ordering::Relaxed)
     }
 
     /// Has the thread do something, and waits for that.
@@ -114,7 +127,7 @@ impl Store for PowerCutStore {
 
     fn attach(&self, ring: &Rc<Uring>, _: u16) -> io::Result<Box<dyn Backend>> {
         let jobs = self.jobs.clone().ok_or_else(gone)?;
-        let cuts = self.cuts.load(Ordering::Acquire);
+        let cuts = self.counts.cuts.load(Ordering::Acquire);
         Ok(Box::new(Queue::new(ring, move |io, desk| {
             // Not refused as long as there is the thread, which ends with the store.
             if let Err(error) = jobs.send(Job::Do { io, desk, cuts })
