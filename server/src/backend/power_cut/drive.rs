@@ -12,8 +12,8 @@ use crossbeam::channel::{Receiver, Sender, select};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use virtio::memory::{Access, GuestMemory, Mapping, MemoryFile, PinnedBuffers, SharedTable};
 
-use super::{Counts, PowerCut};
 use super::cache::{Cache, Content, Part, Room, Survivors, Unflushed};
+use super::{Counts, PowerCut};
 use crate::backend::desk::Desk;
 use crate::backend::uring::{Uring, Waker};
 use crate::backend::{Backend, Full, Io, Op, Store};
