@@ -259,12 +259,14 @@ impl<Q: Virtqueue<Memory: MappedQueue>> BlockQueue<Q> {
     #[inline(never)]
     fn start_batch(&mut self, resolved: usize) {
         self.limits.capacity = self.config.capacity();
+        let before = self.in_flight;
         let mut batch = mem::take(&mut self.batch);
         for io in batch.get_mut(..resolved).unwrap_or_default() {
             self.start(io);
         }
         self.batch = batch;
-        self.meter.performed_all();
+        let handed_over = self.in_flight.wrapping_sub(before);
+        self.meter.started(|| resolved.saturating_sub(handed_over));
     }
 
     #[inline(always)]
@@ -310,7 +312,6 @@ impl<Q: Virtqueue<Memory: MappedQueue>> BlockQueue<Q> {
     fn perform(&mut self, io: &mut Box<Io>, written: u32) {
         let since = self.meter.submitted(kind(io.op), io.buffers.len());
         if let Some(result) = self.backend.perform(io) {
-            self.meter.performed();
             return self.complete(io, result, written);
         }
         io.origin.since = since;
@@ -324,6 +325,7 @@ impl<Q: Virtqueue<Memory: MappedQueue>> BlockQueue<Q> {
         io.token = self.made;
         self.made = self.made.wrapping_add(1);
         self.in_flight = self.in_flight.wrapping_add(1);
+        self.meter.in_flight(self.in_flight);
         if end(&io) <= self.limits.capacity.saturating_mul(SECTOR) {
             self.stalled.push_back(io);
         } else {
@@ -335,6 +337,7 @@ impl<Q: Virtqueue<Memory: MappedQueue>> BlockQueue<Q> {
     #[inline(always)]
     fn submit(&mut self, io: Box<Io>) {
         self.in_flight = self.in_flight.wrapping_add(1);
+        self.meter.in_flight(self.in_flight);
         if !self.stalled.is_empty() {
             self.stalled.push_back(io);
         } else if let Err(Full(io)) = self.backend.submit(io) {
@@ -382,6 +385,7 @@ impl<Q: Virtqueue<Memory: MappedQueue>> BlockQueue<Q> {
             self.spare.push(io);
         }
         self.completions = completions;
+        self.meter.in_flight(self.in_flight);
         self.meter.completed_all();
     }
 
@@ -483,7 +487,7 @@ impl<Q: Virtqueue<Memory: MappedQueue, Parked: Send + 'static>> QueueTask for Bl
         let taken = self.take_requests(share);
         let given = self.give_back();
         let round = if taken == Round::Progress { taken } else { given };
-        self.meter.polled(round == Round::Progress, self.in_flight);
+        self.meter.polled(round == Round::Progress);
         round
     }
 

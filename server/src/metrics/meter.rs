@@ -11,22 +11,21 @@ use super::{Kind, QueueMetrics, Stage};
 /// So many batches after a kick are timed each: all those of a queue that is not busy.
 const TIMED: u32 = 64;
 /// From then on it is one in so many, which counts for as many: to read the clock takes longer than to count.
-const ONE_IN: u32 = 8;
+const ONE_IN: u32 = 32;
 
 /// Counts for one queue, on the thread of its worker.
 pub(crate) struct Meter {
     metrics: Arc<QueueMetrics>,
     clock: Clock,
-    /// Batches of requests since the last kick.
-    batches: u32,
+    /// Batches that are timed each, and batches until one is timed again.
+    each: u32,
+    until: u32,
     /// For how many batches one that is timed counts.
     weight: u32,
-    /// When the last requests were taken, and the last completions found: by the clock's own counting, or 0 if it was not read.
+    /// When the requests at hand were taken, and the last completions found: by the clock's own counting, or 0 if it was not read.
     taken: u64,
     reaped: u64,
     kicked: Option<u64>,
-    /// Requests of the last batch that were done at once.
-    performed: u64,
     /// Completions in a row that were taken at the same time, which are recorded together.
     alike: u64,
     alike_since: u64,
@@ -37,12 +36,12 @@ impl Meter {
         Self {
             metrics,
             clock: Clock::new(),
-            batches: 0,
+            each: TIMED,
+            until: 1,
             weight: 1,
             taken: 0,
             reaped: 0,
             kicked: None,
-            performed: 0,
             alike: 0,
             alike_since: 0,
         }
@@ -51,23 +50,25 @@ impl Meter {
     /// The driver has kicked.
     pub(crate) fn kicked(&mut self) {
         self.metrics.kicks.add(1);
-        self.batches = 0;
+        (self.each, self.until) = (TIMED, 1);
         self.kicked = Some(self.clock.raw());
     }
 
     /// A batch of requests is there: the clock is read once for all of them, or not at all.
     #[inline(always)]
     pub(crate) fn taken(&mut self) {
-        self.batches = self.batches.wrapping_add(1);
-        self.taken = 0;
-        if self.batches <= TIMED || self.batches.is_multiple_of(ONE_IN) {
+        self.until = self.until.wrapping_sub(1);
+        if self.until == 0 {
             self.time_batch();
         }
     }
 
     #[inline(never)]
     fn time_batch(&mut self) {
-        self.weight = if self.batches <= TIMED { 1 } else { ONE_IN };
+        // As many as come until the next.
+        self.weight = if self.each > 0 { 1 } else { ONE_IN };
+        self.each = self.each.saturating_sub(1);
+        self.until = if self.each > 0 { 1 } else { ONE_IN };
         self.taken = self.clock.raw();
         if let Some(kicked) = self.kicked.take() {
             self.record(Stage::KickToSubmit, kicked, self.taken, 1);
@@ -88,25 +89,21 @@ impl Meter {
         self.taken
     }
 
-    /// One of them was done at once.
+    /// That was the batch. So many of it as `performed` says were done at once.
     #[inline(always)]
-    pub(crate) fn performed(&mut self) {
-        self.performed = self.performed.wrapping_add(1);
-    }
-
-    /// That was all of the batch: those that were done at once are, if it is timed.
-    #[inline(always)]
-    pub(crate) fn performed_all(&mut self) {
-        let times = std::mem::take(&mut self.performed);
-        if times > 0 && self.taken != 0 {
-            self.time_performed(times);
+    pub(crate) fn started(&mut self, performed: impl FnOnce() -> usize) {
+        if self.taken != 0 {
+            self.time_performed(performed());
         }
     }
 
     #[inline(never)]
-    fn time_performed(&mut self, times: u64) {
-        self.reaped = self.clock.raw();
-        self.record(Stage::SubmitToReap, self.taken, self.reaped, times);
+    fn time_performed(&mut self, performed: usize) {
+        if performed > 0 {
+            self.reaped = self.clock.raw();
+            self.record(Stage::SubmitToReap, self.taken, self.reaped, performed as u64);
+        }
+        self.taken = 0;
     }
 
     /// Completions are there: the clock is read once for all of them, for the first that is timed.
@@ -165,12 +162,17 @@ impl Meter {
         self.reaped = 0;
     }
 
+    /// So many requests are in flight now.
+    #[inline(always)]
+    pub(crate) fn in_flight(&mut self, requests: usize) {
+        self.metrics.in_flight.set(requests as u64);
+    }
+
     /// A round of the worker's is over.
     #[inline(always)]
-    pub(crate) fn polled(&mut self, work: bool, in_flight: usize) {
+    pub(crate) fn polled(&mut self, work: bool) {
         if work {
             self.metrics.polls_with_work.add(1);
-            self.metrics.in_flight.set(in_flight as u64);
         } else {
             self.metrics.polls_in_vain.add(1);
         }
@@ -211,9 +213,11 @@ mod tests {
         meter.taken();
         let requests = [(Kind::Read, 4096), (Kind::Write, 512), (Kind::Flush, 0), (Kind::Read, 1)];
         let since = requests.map(|(kind, bytes)| meter.submitted(kind, bytes));
-        meter.polled(true, 4);
+        meter.started(|| 0);
+        meter.in_flight(4);
+        meter.polled(true);
         assert_eq!(metrics.read().in_flight, 4);
-        meter.polled(false, 0);
+        meter.polled(false);
         meter.reaped();
         since.into_iter().for_each(|since| meter.completed(since));
         meter.completed_all();
@@ -223,7 +227,8 @@ mod tests {
         meter.reaped();
         meter.published(Signal::Suppressed);
         meter.published(Signal::Idle);
-        meter.polled(true, 0);
+        meter.in_flight(0);
+        meter.polled(true);
         let now = metrics.read();
         assert_eq!((now.reads, now.writes, now.flushes, now.discards), (2, 1, 1, 0));
         assert_eq!((now.read_bytes, now.written_bytes), (4097, 512));
@@ -237,14 +242,12 @@ mod tests {
         meter.taken();
         for _ in 0..3 {
             meter.submitted(Kind::Read, 1);
-            meter.performed();
         }
-        meter.performed_all();
+        meter.started(|| 3);
         meter.published(Signal::Needed);
         assert_eq!(all(), [1, 7, 2]);
         // And not counted again.
-        meter.taken();
-        meter.performed_all();
+        meter.started(|| 3);
         meter.published(Signal::Needed);
         assert_eq!(all(), [1, 7, 2]);
         assert_eq!(now.since(&now).reads, 0);
@@ -261,6 +264,7 @@ mod tests {
         for _ in 0..batches {
             meter.taken();
             let since = [Kind::Read, Kind::Write].map(|kind| meter.submitted(kind, 512));
+            meter.started(|| 0);
             timed += u32::from(since[0] != 0);
             meter.reaped();
             since.into_iter().for_each(|since| meter.completed(since));

@@ -274,9 +274,10 @@ impl Transfer {
     }
 
     fn failed(&mut self, errno: i32, opened: &Opened) -> Step {
-        // Not for all of the file, perhaps: a range that is not made of the device's blocks is invalid.
-        let unable = matches!(errno, libc::EOPNOTSUPP | libc::ENOSYS | libc::ENODEV | libc::EINVAL);
-        let always = unable && errno != libc::EINVAL;
+        // Not for all of the file, perhaps: a range that is not made of the device's blocks is invalid, and one of which the page
+        // cache of a block device has pages that are being written is busy.
+        let unable = matches!(errno, libc::EOPNOTSUPP | libc::ENOSYS | libc::ENODEV | libc::EINVAL | libc::EBUSY);
+        let always = unable && !matches!(errno, libc::EINVAL | libc::EBUSY);
         match (self.work, self.io.op) {
             _ if matches!(errno, libc::EINTR | libc::EAGAIN) && self.retries < MAX_RETRIES => {
                 self.retries += 1;
@@ -492,19 +493,24 @@ mod tests {
     fn what_a_file_cannot_do_is_done_otherwise() {
         let dir = tempfile::tempdir().unwrap();
         let rig = rig(&dir);
-        let refused = |op| {
+        let refused_with = |errno: i32, op| {
             let mut transfer = transfer(op, PinnedBuffers::default(), &rig.shared);
             let mut codes = vec![parts(&rig.entry(&mut transfer)).0];
-            while matches!(transfer.landed(&rig.shared, -libc::EOPNOTSUPP), Step::Again) {
+            while matches!(transfer.landed(&rig.shared, -errno), Step::Again) {
                 codes.push(parts(&rig.entry(&mut transfer)).0);
             }
             (codes, transfer.into_completion().result.is_ok())
         };
+        let refused = |op| refused_with(libc::EOPNOTSUPP, op);
         let (make, write) = (opcode::Fallocate::CODE, opcode::Write::CODE);
         let zeroes = Op::WriteZeroes { offset: 0, len: 4096, unmap: true, durable: false };
         let discard = Op::Discard { offset: 0, len: 4096 };
         // As on a device that discards, under a kernel that cannot be asked for it.
         rig.shared.0.opened.no_discard.store(false, Ordering::Relaxed);
+        // Only now: it is tried again the next time.
+        for _ in 0..2 {
+            assert_eq!(refused_with(libc::EBUSY, discard), (vec![opcode::UringCmd16::CODE, make], true));
+        }
         assert_eq!(refused(discard), (vec![opcode::UringCmd16::CODE, make], true));
         rig.shared.0.opened.no_punch_hole.store(false, Ordering::Relaxed);
         assert_eq!(refused(Op::Discard { offset: 0, len: 4096 }), (vec![make], true));
