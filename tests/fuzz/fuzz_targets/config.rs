@@ -10,7 +10,6 @@ use vfio_user_blk::config::{ServerConfig, Size};
 fuzz_target!(|text: &str| {
     match ServerConfig::parse(Path::new("fuzz.toml"), text) {
         Ok(config) => {
-            assert!(!config.devices.is_empty() || config.control_socket.is_some());
             assert!(config.workers != Some(0));
             for (at, device) in config.devices.iter().enumerate() {
                 assert_eq!(device.check(), Ok(()));
