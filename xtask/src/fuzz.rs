@@ -16,7 +16,7 @@ use testbed::Progress;
 use crate::models::{target, workspace};
 
 /// How long each target runs unless it is said.
-const SHORT: Duration = Duration::from_secs(20);
+const SHORT: Duration = Duration::from_secs(8);
 /// How the targets are compiled: counters at every edge, the comparisons made known to the fuzzer, AddressSanitizer.
 const RUSTFLAGS: &str = "--cfg fuzzing -Zsanitizer=address -Cforce-frame-pointers -Cpasses=sancov-module \
      -Cllvm-args=-sanitizer-coverage-level=4 -Cllvm-args=-sanitizer-coverage-inline-8bit-counters \
@@ -28,7 +28,7 @@ const WIDTH: usize = 200;
 /// What runs.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Options {
-    /// Minutes for each target [default: 20 seconds, as CI does]; what they learn is kept for the next time
+    /// Minutes for each target [default: 8 seconds, as CI does]; what they learn is kept for the next time
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     minutes: Option<u32>,
 
