@@ -288,7 +288,7 @@ impl<Q: Virtqueue<Memory: MappedQueue>> BlockQueue<Q> {
     /// Gives back a request that has not come to the store.
     #[cold]
     fn answer(&mut self, io: &mut Io, status: Status, written: u32) {
-        self.meter.submitted(Kind::Other, 0);
+        self.meter.answered();
         self.finish(io, status, Written::First(written));
     }
 

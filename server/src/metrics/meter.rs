@@ -26,6 +26,8 @@ pub(crate) struct Meter {
     taken: u64,
     reaped: u64,
     kicked: Option<u64>,
+    /// Requests that were answered without the store, since a batch was timed.
+    answered: usize,
     /// Completions in a row that were taken at the same time, which are recorded together.
     alike: u64,
     alike_since: u64,
@@ -42,6 +44,7 @@ impl Meter {
             taken: 0,
             reaped: 0,
             kicked: None,
+            answered: 0,
             alike: 0,
             alike_since: 0,
         }
@@ -65,6 +68,7 @@ impl Meter {
 
     #[inline(never)]
     fn time_batch(&mut self) {
+        self.answered = 0;
         // As many as come until the next.
         self.weight = if self.each > 0 { 1 } else { ONE_IN };
         self.each = self.each.saturating_sub(1);
@@ -75,7 +79,7 @@ impl Meter {
         }
     }
 
-    /// One of them is to be given to the store, or was answered without it. Returns what [`completed`](Self::completed) is to be told.
+    /// One of them is to be given to the store. Returns what [`completed`](Self::completed) is to be told.
     #[inline(always)]
     pub(crate) fn submitted(&mut self, kind: Kind, bytes: u64) -> u64 {
         match kind {
@@ -89,7 +93,14 @@ impl Meter {
         self.taken
     }
 
-    /// That was the batch. So many of it as `performed` says were done at once.
+    /// One of them is answered without the store.
+    #[cold]
+    pub(crate) fn answered(&mut self) {
+        self.submitted(Kind::Other, 0);
+        self.answered = self.answered.wrapping_add(1);
+    }
+
+    /// That was the batch. So many of it as `performed` says were done at once, by the store or without it.
     #[inline(always)]
     pub(crate) fn started(&mut self, performed: impl FnOnce() -> usize) {
         if self.taken != 0 {
@@ -99,6 +110,7 @@ impl Meter {
 
     #[inline(never)]
     fn time_performed(&mut self, performed: usize) {
+        let performed = performed.saturating_sub(self.answered);
         if performed > 0 {
             self.reaped = self.clock.raw();
             self.record(Stage::SubmitToReap, self.taken, self.reaped, performed as u64);
@@ -243,7 +255,8 @@ mod tests {
         for _ in 0..3 {
             meter.submitted(Kind::Read, 1);
         }
-        meter.started(|| 3);
+        meter.answered();
+        meter.started(|| 4);
         meter.published(Signal::Needed);
         assert_eq!(all(), [1, 7, 2]);
         // And not counted again.
