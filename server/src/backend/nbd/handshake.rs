@@ -98,9 +98,22 @@ pub(super) fn start_tls(stream: &mut (impl Read + Write)) -> Result<(), Handshak
     }
 }
 
-/// Asks for structured replies and for the export; the transmission phase begins when this returns.
-pub(super) fn negotiate(stream: &mut (impl Read + Write), export: &str) -> Result<Agreement, HandshakeError> {
-    let structured = structured_replies(stream)?;
+/// How a server is to answer reads, if it can.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Answers {
+    /// In one piece, with a header in front: the fewest system calls of the server's, and wake-ups of ours.
+    Simple,
+    /// In chunks, of which holes have no data.
+    Structured,
+}
+
+/// Asks for structured replies, if they are wanted, and for the export; the transmission phase begins when this returns.
+pub(super) fn negotiate(
+    stream: &mut (impl Read + Write),
+    export: &str,
+    answers: Answers,
+) -> Result<Agreement, HandshakeError> {
+    let structured = answers == Answers::Structured && structured_replies(stream)?;
     let mut request = Vec::with_capacity(export.len().saturating_add(8));
     let len = u32::try_from(export.len()).unwrap_or(u32::MAX);
     request.extend_from_slice(&len.to_be_bytes());
@@ -255,7 +268,7 @@ mod tests {
     }
 
     fn negotiated(parts: &[Vec<u8>]) -> Result<Agreement, HandshakeError> {
-        negotiate(&mut script(parts), "disk")
+        negotiate(&mut script(parts), "disk", Answers::Structured)
     }
 
     #[test]
@@ -278,7 +291,7 @@ mod tests {
         let unknown = says(OptionType::Go, reply::INFO, &[0, 2, b'x']);
         let mut server =
             script(&[structured(reply::ACK), block_size([1, 4096, 65536]), unknown, export(1 << 20, 0x1ff), ack()]);
-        let agreed = negotiate(&mut server, "disk").unwrap();
+        let agreed = negotiate(&mut server, "disk", Answers::Structured).unwrap();
         assert!(agreed.structured && agreed.export.read_only && agreed.export.features.multi_conn);
         assert_eq!((agreed.export.size, agreed.export.max_transfer), (1 << 20, 65536));
         let go = [
@@ -292,6 +305,9 @@ mod tests {
         assert_eq!(server.heard[16..], go.concat());
         let agreed = negotiated(&[structured(reply::ERR_UNSUP), export(512, 1), ack()]).unwrap();
         assert!(!agreed.structured && !agreed.export.features.flush);
+        let mut server = script(&[export(512, 1), ack()]);
+        assert!(!negotiate(&mut server, "disk", Answers::Simple).unwrap().structured);
+        assert_eq!(server.heard, go.concat(), "nothing else is asked for");
     }
 
     #[test]

@@ -33,15 +33,16 @@ impl Dialer {
         let deadline = Instant::now() + limit;
         let socket = self.address.connect(deadline)?;
         let mut stream = Stream { socket: &socket, deadline };
+        let answers = self.address.answers();
         handshake::greet(&mut stream)?;
         let (tls, agreement) = match &self.tls {
-            None => (None, handshake::negotiate(&mut stream, &self.export)?),
+            None => (None, handshake::negotiate(&mut stream, &self.export, answers)?),
             Some(tls) => {
                 handshake::start_tls(&mut stream)?;
                 let mut session = tls.session()?;
                 session.handshake(&mut stream)?;
                 let mut encrypted = Encrypted { session: &mut session, stream: &mut stream };
-                let agreement = handshake::negotiate(&mut encrypted, &self.export)?;
+                let agreement = handshake::negotiate(&mut encrypted, &self.export, answers)?;
                 (Some(session), agreement)
             }
         };

@@ -2,6 +2,8 @@
 
 use std::fs::File;
 use std::io::{Read, Write};
+use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
@@ -9,6 +11,8 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
+
+use nix::sys::socket::{Shutdown, shutdown};
 
 use super::store::{NbdOptions, NbdStore};
 use super::wire::{CHUNK_MAGIC, REQUEST_LEN, REQUEST_MAGIC, SIMPLE_REPLY_MAGIC};
@@ -33,6 +37,7 @@ pub(crate) struct Conduct {
     pub(crate) size: u64,
     /// `NBD_FLAG_*`.
     pub(crate) flags: u16,
+    /// Whether it has structured replies, and TCP, where they are asked for; a UNIX socket otherwise.
     pub(crate) structured: bool,
     pub(crate) block_sizes: Option<[u32; 3]>,
     /// Requests after which a connection ends in the middle of an answer.
@@ -96,13 +101,72 @@ struct Shared {
     file: File,
     stop: AtomicBool,
     connections: AtomicUsize,
-    streams: Mutex<Vec<UnixStream>>,
+    streams: Mutex<Vec<File>>,
+}
+
+/// Where it listens.
+#[derive(Clone)]
+enum Place {
+    Unix(PathBuf),
+    /// Port 0 until it is known. Not on the address that clients have: one that connects where nobody listens may meet itself.
+    Tcp(SocketAddr),
+}
+
+enum Listener {
+    Unix(UnixListener),
+    Tcp(TcpListener),
+}
+
+impl Place {
+    fn listen(&mut self) -> Listener {
+        match self {
+            Self::Unix(path) => {
+                let _old = std::fs::remove_file(&path);
+                Listener::Unix(UnixListener::bind(path).unwrap())
+            }
+            Self::Tcp(address) => {
+                let listener = TcpListener::bind(*address).unwrap();
+                *address = listener.local_addr().unwrap();
+                Listener::Tcp(listener)
+            }
+        }
+    }
+
+    /// Has a listener see that it is to stop.
+    fn wake(&self) {
+        let _woken = match self {
+            Self::Unix(path) => UnixStream::connect(path).map(OwnedFd::from),
+            Self::Tcp(address) => TcpStream::connect(address).map(OwnedFd::from),
+        };
+    }
+
+    fn uri(&self) -> String {
+        match self {
+            Self::Unix(path) => format!("nbd+unix:///disk?socket={}", path.display()),
+            Self::Tcp(address) => format!("nbd://{address}/disk"),
+        }
+    }
+}
+
+impl Listener {
+    fn accept(&self) -> File {
+        let socket: OwnedFd = match self {
+            Self::Unix(listener) => listener.accept().unwrap().0.into(),
+            Self::Tcp(listener) => {
+                let (stream, _) = listener.accept().unwrap();
+                stream.set_nodelay(true).unwrap();
+                stream.into()
+            }
+        };
+        socket.into()
+    }
 }
 
 /// The server, until it is dropped.
 pub(crate) struct Server {
     shared: Arc<Shared>,
     folder: tempfile::TempDir,
+    place: Place,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -111,6 +175,11 @@ impl Server {
         let folder = tempfile::tempdir().unwrap();
         let file = File::options().read(true).write(true).create_new(true).open(folder.path().join("image")).unwrap();
         file.set_len(conduct.size).unwrap();
+        let place = if conduct.structured {
+            Place::Tcp(SocketAddr::from(([127, 0, 0, 2], 0)))
+        } else {
+            Place::Unix(folder.path().join("socket"))
+        };
         let shared = Arc::new(Shared {
             conduct: Mutex::new(conduct),
             file,
@@ -118,24 +187,19 @@ impl Server {
             connections: AtomicUsize::new(0),
             streams: Mutex::default(),
         });
-        let mut server = Self { shared, folder, thread: None };
+        let mut server = Self { shared, folder, place, thread: None };
         server.start();
         server
     }
 
-    fn socket(&self) -> PathBuf {
-        self.folder.path().join("socket")
-    }
-
     /// Listens, where it does not.
     pub(crate) fn start(&mut self) {
-        let _old = std::fs::remove_file(self.socket());
-        let listener = UnixListener::bind(self.socket()).unwrap();
+        let listener = self.place.listen();
         let shared = Arc::clone(&self.shared);
         shared.stop.store(false, Ordering::SeqCst);
         self.thread = Some(thread::spawn(move || {
-            for stream in listener.incoming() {
-                let stream = stream.unwrap();
+            loop {
+                let stream = listener.accept();
                 if shared.stop.load(Ordering::SeqCst) {
                     return;
                 }
@@ -151,16 +215,15 @@ impl Server {
     pub(crate) fn stop(&mut self) {
         let Some(thread) = self.thread.take() else { return };
         self.shared.stop.store(true, Ordering::SeqCst);
-        let _woken = UnixStream::connect(self.socket());
+        self.place.wake();
         thread.join().unwrap();
-        std::fs::remove_file(self.socket()).unwrap();
         self.hang_up();
     }
 
     /// Ends all connections.
     pub(crate) fn hang_up(&self) {
         for stream in self.shared.streams.lock().unwrap().drain(..) {
-            let _gone = stream.shutdown(std::net::Shutdown::Both);
+            hang_up(&stream);
         }
     }
 
@@ -180,7 +243,7 @@ impl Server {
 
     pub(crate) fn options(&self) -> NbdOptions {
         NbdOptions {
-            uri: format!("nbd+unix:///disk?socket={}", self.socket().display()).parse().unwrap(),
+            uri: self.place.uri().parse().unwrap(),
             read_only: false,
             connections: 8,
             deadline: Duration::from_secs(60),
@@ -208,20 +271,25 @@ impl Drop for Server {
     }
 }
 
-fn take<const N: usize>(stream: &mut UnixStream) -> Option<[u8; N]> {
+/// Ends a connection, if it has not ended.
+fn hang_up(stream: &File) {
+    let _gone = shutdown(stream.as_raw_fd(), Shutdown::Both);
+}
+
+fn take<const N: usize>(stream: &mut File) -> Option<[u8; N]> {
     let mut bytes = [0; N];
     stream.read_exact(&mut bytes).ok()?;
     Some(bytes)
 }
 
-fn data(stream: &mut UnixStream, len: usize) -> Option<Vec<u8>> {
+fn data(stream: &mut File, len: usize) -> Option<Vec<u8>> {
     let mut bytes = vec![0; len];
     stream.read_exact(&mut bytes).ok()?;
     Some(bytes)
 }
 
 /// Serves a connection until it ends.
-fn serve(shared: &Shared, mut stream: UnixStream) -> Option<()> {
+fn serve(shared: &Shared, mut stream: File) -> Option<()> {
     let conduct = shared.conduct.lock().unwrap().clone();
     stream.write_all(b"NBDMAGICIHAVEOPT\0\x03").ok()?;
     let _flags: [u8; 4] = take(&mut stream)?;
@@ -274,7 +342,7 @@ fn serve(shared: &Shared, mut stream: UnixStream) -> Option<()> {
         if left == 0 {
             // In the middle of it.
             let _gone = stream.write_all(&answer[..answer.len() / 2]);
-            let _gone = stream.shutdown(std::net::Shutdown::Both);
+            hang_up(&stream);
             return None;
         }
         stream.write_all(&answer).ok()?;
