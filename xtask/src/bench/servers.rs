@@ -103,7 +103,7 @@ pub(super) fn qemu_storage_daemon(place: &Place, store: Store, load: Load, durat
 }
 
 /// The export that a device of [`Store::Nbd`] has its blocks from, beside the driver: what serves the device has a processor of its
-/// own.
+/// own. All of it was written once: else nbdkit's memory would be what is measured, which begins to be there as it is written.
 fn export(place: &Place, store: Store) -> Result<Option<Process>> {
     if store != Store::Nbd {
         return Ok(None);
@@ -112,18 +112,28 @@ fn export(place: &Place, store: Store) -> Result<Option<Process>> {
     let plugin = Tool::Nbdkit.file(NBDKIT_MEMORY, &Progress::silent())?;
     command.args(["--foreground", "--newstyle", "--unix"]).arg(place.nbd()).arg(plugin);
     command.arg(format!("size={DISK_SIZE}"));
-    start("nbdkit", &mut command, &place.nbd()).map(Some)
+    let export = start("nbdkit", &mut command, &place.nbd())?;
+    output(libnbd(place)?.args(["--name=fill", "--bs=1m", "--rw=write"]))?;
+    Ok(Some(export))
 }
 
-/// fio as a client of the same export, by libnbd: requests a second.
-pub(super) fn fio_nbd(place: &Place, load: Load, duration: Duration) -> Result<f64> {
-    let _export = export(place, Store::Nbd)?;
+/// fio as a client of the export, by libnbd.
+fn libnbd(place: &Place) -> Result<Command> {
     let mut command = on(SERVER_CPU, Tool::Fio.command(&Progress::silent())?);
     command
-        .args(["--name=bench", "--ioengine=nbd", "--bs=4k", "--time_based", "--ramp_time=100ms", "--norandommap"])
-        .args(["--random_generator=tausworthe64", "--thread", "--output-format=json"])
+        .args(["--ioengine=nbd", "--thread", "--output-format=json"])
         .arg(format!("--uri=nbd+unix:///?socket={}", place.nbd().display()))
-        .arg(format!("--size={DISK_SIZE}"))
+        .arg(format!("--size={DISK_SIZE}"));
+    Ok(command)
+}
+
+/// fio in place of a server and its driver: requests a second.
+pub(super) fn fio_nbd(place: &Place, load: Load, duration: Duration) -> Result<f64> {
+    let _export = export(place, Store::Nbd)?;
+    let mut command = libnbd(place)?;
+    command
+        .args(["--name=bench", "--bs=4k", "--time_based", "--ramp_time=100ms", "--norandommap"])
+        .arg("--random_generator=tausworthe64")
         .arg(format!("--rw={}", if load.write { "randwrite" } else { "randread" }))
         .arg(format!("--iodepth={}", load.depth))
         .arg(format!("--runtime={}ms", duration.as_millis()));
