@@ -13,8 +13,6 @@ pub(super) const BLOCK: usize = 4096;
 const SECTORS: u64 = BLOCK as u64 / 512;
 /// The most requests in flight.
 pub(super) const MAX_DEPTH: u16 = 256;
-/// What runs before anything counts: caches fill, and policies learn.
-const WARM_UP: Duration = Duration::from_millis(100);
 /// How long a request may take before the server counts as hung.
 const LIMIT: Duration = Duration::from_secs(30);
 /// Turns between two looks at the clock.
@@ -77,9 +75,9 @@ impl<'a> Driver<'a> {
         Ok(Self { queue, blocks, load, random: Random::new(), in_flight: 0 })
     }
 
-    /// Runs the load for `duration`; requests a second.
-    pub(super) fn run(mut self, duration: Duration) -> Result<f64> {
-        self.run_for(WARM_UP)?;
+    /// Runs the load for `duration`, after some that does not count; requests a second.
+    pub(super) fn run(&mut self, warm_up: Duration, duration: Duration) -> Result<f64> {
+        self.run_for(warm_up)?;
         let started = Instant::now();
         let done = self.run_for(duration)?;
         let elapsed = started.elapsed();

@@ -9,8 +9,10 @@
 //!  tenants   devices beside each other
 //! report     tables and plots
 //! budget     `--check`: instructions, counted by callgrind
+//! against    `--against`: two builds of the server
 //! ```
 
+mod against;
 mod budget;
 mod callgrind;
 mod disk;
@@ -57,6 +59,9 @@ pub(crate) struct Options {
     /// The folder of the file that is read and written [default: target/bench]
     #[arg(long, value_name = "PATH")]
     folder: Option<PathBuf>,
+    /// Compare with another build of the server instead, in short turns
+    #[arg(long, value_name = "PROGRAM", conflicts_with_all = ["check", "only"])]
+    against: Option<PathBuf>,
     /// Count the instructions of a request instead, and fail if they are more than tests/budget.toml allows
     #[arg(long)]
     check: bool,
@@ -78,6 +83,9 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     ensure!(cores > DRIVER_CPU, "server and driver need a core each, and this machine has one");
     let progress = Progress::stderr();
+    if let Some(other) = &options.against {
+        return against::compare(other, &progress);
+    }
     // Before the first round, so that no measurement waits for a download or a build.
     Tool::Fio.command(&progress)?;
     Tool::QemuStorageDaemon.command(&progress)?;

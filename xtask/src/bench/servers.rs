@@ -16,6 +16,8 @@ use super::{DRIVER_CPU, SERVER_CPU, disk, vhost_user};
 const DISK_SIZE: u64 = 512 << 20;
 /// The plugin that exports memory.
 const NBDKIT_MEMORY: &str = "usr/lib/x86_64-linux-gnu/nbdkit/plugins/nbdkit-memory-plugin.so";
+/// What runs before anything counts: caches fill, and policies learn.
+const WARM_UP: Duration = Duration::from_millis(100);
 /// How long a server may take to listen.
 const LIMIT: Duration = Duration::from_secs(20);
 /// How long it may be between two looks for its socket.
@@ -54,8 +56,21 @@ impl Place {
 pub(super) fn ours(place: &Place, store: Store, poll: &str, load: Load, duration: Duration) -> Result<f64> {
     let socket = place.folder.join("blk.sock");
     let _export = export(place, store)?;
-    let mut command = on(SERVER_CPU, Command::new(binary()?));
-    command.args(["serve", "--workers", "1", "--num-queues", "1", "--poll", poll, "--socket-path"]).arg(&socket);
+    let _server = serve(&binary()?, place, store, poll, &socket)?;
+    let options = options(load);
+    on_cpu(DRIVER_CPU, || {
+        let mut disk = disk::Disk::attach(&socket, &options, data_size(load))?;
+        let queue = disk.queues.first_mut().context("the server has no queue")?;
+        let rate = Driver::new(queue, &disk.data, load)?.run(WARM_UP, duration)?;
+        disk.detach()?;
+        Ok(rate)
+    })
+}
+
+/// A build of `vfio-user-blk`, with one device at `socket`.
+pub(super) fn serve(program: &Path, place: &Place, store: Store, poll: &str, socket: &Path) -> Result<Process> {
+    let mut command = on(SERVER_CPU, Command::new(program));
+    command.args(["serve", "--workers", "1", "--num-queues", "1", "--poll", poll, "--socket-path"]).arg(socket);
     match store {
         Store::Null => command.args(["--store", "null", "--size", &DISK_SIZE.to_string()]),
         Store::Memory => command.args(["--store", "memory", "--size", &DISK_SIZE.to_string()]),
@@ -63,18 +78,11 @@ pub(super) fn ours(place: &Place, store: Store, poll: &str, load: Load, duration
         Store::File => command.arg("--blk-file").arg(&place.file).arg("--fixed-buffers"),
         Store::Nbd => command.args(["--nbd-uri", &format!("nbd+unix:///?socket={}", place.nbd().display())]),
     };
-    let _server = start("vfio-user-blk", &mut command, &socket)?;
+    let server = start("vfio-user-blk", &mut command, socket)?;
     if store == Store::Memory {
-        fill(&socket)?;
+        fill(socket)?;
     }
-    let options = options(load);
-    on_cpu(DRIVER_CPU, || {
-        let mut disk = disk::Disk::attach(&socket, &options, data_size(load))?;
-        let queue = disk.queues.first_mut().context("the server has no queue")?;
-        let rate = Driver::new(queue, &disk.data, load)?.run(duration)?;
-        disk.detach()?;
-        Ok(rate)
-    })
+    Ok(server)
 }
 
 /// `qemu-storage-daemon`, which exports a disk by vhost-user-blk from an iothread that polls as long as it is set to by default:
@@ -96,7 +104,7 @@ pub(super) fn qemu_storage_daemon(place: &Place, store: Store, load: Load, durat
     let _server = start("qemu-storage-daemon", &mut command, &socket)?;
     on_cpu(DRIVER_CPU, || {
         let mut disk = vhost_user::Disk::attach(&socket, queue_size(load.depth), data_size(load))?;
-        let rate = Driver::new(&mut disk.queue, &disk.data, load)?.run(duration)?;
+        let rate = Driver::new(&mut disk.queue, &disk.data, load)?.run(WARM_UP, duration)?;
         disk.detach()?;
         Ok(rate)
     })
