@@ -125,7 +125,7 @@ impl Uring {
         Self { waker: waker.clone(), ring: None, left: Left::default() }
     }
 
-    /// Starts what all backends have queued, in one system call if there is anything.
+    /// Starts what all backends have queued and is not started yet, in one system call if there is anything.
     ///
     /// # Errors
     /// If the ring is broken. That the kernel is out of resources is no error: what is left goes with the next call.
