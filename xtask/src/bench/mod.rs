@@ -83,8 +83,10 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     ensure!(cores > DRIVER_CPU, "server and driver need a core each, and this machine has one");
     let progress = Progress::stderr();
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..").canonicalize()?;
+    let folder = std::path::absolute(options.folder.clone().unwrap_or_else(|| root.join("target/bench")))?;
     if let Some(other) = &options.against {
-        return against::compare(other, &progress);
+        return against::compare(other, &folder, &progress);
     }
     // Before the first round, so that no measurement waits for a download or a build.
     Tool::Fio.command(&progress)?;
@@ -101,12 +103,10 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
     }
 
     let duration = Duration::from_millis(if options.quick { 400 } else { 2000 });
-    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..").canonicalize()?;
     let sockets = tempfile::tempdir().context("cannot make a temporary folder")?;
-    let folder = options.folder.clone().unwrap_or_else(|| root.join("target/bench"));
     let file_size = if options.quick { 256 << 20 } else { 2 << 30 };
     let file = test_file(&folder, file_size, &progress)?;
-    let place = Place { folder: sockets.path().to_owned(), file: std::path::absolute(file.path())?, file_size };
+    let place = Place { folder: sockets.path().to_owned(), file: file.path().to_owned(), file_size };
 
     let chosen = |name: &str| options.only.as_ref().is_none_or(|only| name.contains(only.as_str()));
     let mut subjects = plan::subjects(&place);
