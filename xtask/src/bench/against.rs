@@ -1,24 +1,21 @@
-//! Two builds of the server, in turns of some milliseconds: what else the machine does then falls on both alike, and what
-//! their difference is shows where that of two measurements of a second is lost.
+//! Two builds of the server, in turns of some milliseconds: what their difference is shows where that of two measurements of a
+//! second is lost.
 
 use std::path::Path;
 use std::process::ExitCode;
-use std::time::Duration;
 
 use anyhow::{Context, Result};
 use testbed::{Progress, binary};
 
-use super::load::{Completion, Driver, Load, on_cpu};
-use super::servers::{Place, Store, data_size, options, serve};
-use super::{DRIVER_CPU, disk, test_file};
+use super::load::{Completion, Load, on_cpu};
+use super::servers::{Place, Store, ours};
+use super::turns::{self, Contender};
+use super::{DRIVER_CPU, test_file};
 
 /// How often both are started: where their memory happens to lie makes a difference too.
 const STARTS: usize = 12;
 /// Pairs of turns of each start.
 const PAIRS: usize = 40;
-/// One turn, and what comes before it: the other server falls asleep, and this one wakes up.
-const TURN: Duration = Duration::from_millis(8);
-const WARM_UP: Duration = Duration::from_millis(2);
 
 /// Bytes of the file that each of them serves.
 const FILE_SIZE: u64 = 512 << 20;
@@ -45,15 +42,15 @@ pub(super) fn compare(other: &Path, folder: &Path, progress: &Progress) -> Resul
     println!("| | depth | rate, of the other's: median of {} | middle half |\n|---|---|---|---|", STARTS * PAIRS);
     for (store, write, depth) in rows {
         let step = progress.step("measuring");
-        let load = Load { write, depth, completion: Completion::Poll, size: FILE_SIZE };
+        let load = Load { write, depth, completion: Completion::Poll, rings: 0, size: FILE_SIZE };
         let mut ratios = Vec::with_capacity(STARTS * PAIRS);
         for start in 0..STARTS {
-            // Who is started first, and has its turn first, takes turns.
+            // Who is started first changes.
             let [one, other] = programs;
             ratios.extend(if start % 2 == 0 {
-                turns(&places, [one, other], store, load)?
+                pairs(&places, [one, other], store, load)?
             } else {
-                turns(&places, [other, one], store, load)?.into_iter().map(f64::recip).collect()
+                pairs(&places, [other, one], store, load)?.into_iter().map(f64::recip).collect()
             });
             step.advance(start as u64, STARTS as u64);
         }
@@ -67,20 +64,15 @@ pub(super) fn compare(other: &Path, folder: &Path, progress: &Progress) -> Resul
 }
 
 /// The first program's rate over the second's, in each pair of turns.
-fn turns(places: &[Place; 2], programs: [&Path; 2], store: Store, load: Load) -> Result<Vec<f64>> {
-    let [one, other] = places;
-    let sockets = [one.folder.join("one.sock"), other.folder.join("other.sock")];
-    // Awake only while there are requests: both have the same core.
-    let _one = serve(programs[0], one, store, "adaptive", &sockets[0])?;
-    let _other = serve(programs[1], other, store, "adaptive", &sockets[1])?;
+fn pairs(places: &[Place; 2], programs: [&Path; 2], store: Store, load: Load) -> Result<Vec<f64>> {
     on_cpu(DRIVER_CPU, || {
-        let attach = |socket| disk::Disk::attach(socket, &options(load), data_size(load));
-        let (mut one, mut other) = (attach(&sockets[0])?, attach(&sockets[1])?);
-        let queues = one.queues.first_mut().zip(other.queues.first_mut()).context("a server has no queue")?;
-        let mut drivers = (Driver::new(queues.0, &one.data, load)?, Driver::new(queues.1, &other.data, load)?);
-        let ratios = (0..PAIRS).map(|_| Ok(drivers.0.run(WARM_UP, TURN)? / drivers.1.run(WARM_UP, TURN)?)).collect();
-        one.detach()?;
-        other.detach()?;
-        ratios
+        let mut contenders = Vec::<Box<dyn Contender>>::new();
+        for ((program, place), name) in programs.iter().zip(places).zip(["one.sock", "other.sock"]) {
+            contenders.push(Box::new(ours(program, name, place, store, "adaptive", load)?));
+        }
+        let rates = turns::take(&mut contenders, PAIRS)?;
+        contenders.into_iter().try_for_each(Contender::leave)?;
+        let [one, other] = rates.as_slice() else { return Ok(Vec::new()) };
+        Ok(one.iter().zip(other).map(|(one, other)| one / other).collect())
     })
 }

@@ -53,7 +53,7 @@ struct Budget {
 }
 
 /// Counts, and compares with the budget, or writes it if `bless`.
-pub(super) fn check(bless: bool, only: Option<&str>, profile: bool) -> Result<ExitCode> {
+pub(super) fn check(bless: bool, only: &[String], profile: bool) -> Result<ExitCode> {
     let path = path();
     let budget = fs::read_to_string(&path)
         .context("cannot read it; `cargo xtask bench --check --bless` writes it")
@@ -64,7 +64,7 @@ pub(super) fn check(bless: bool, only: Option<&str>, profile: bool) -> Result<Ex
     let mut counted = BTreeMap::new();
     let mut over = Vec::new();
     println!("{:<26}{:>12}{:>12}{:>10}", "instructions a request", "counted", "budget", "");
-    for (name, load) in LOADS.into_iter().filter(|(name, _)| only.is_none_or(|only| name.contains(only))) {
+    for (name, load) in LOADS.into_iter().filter(|(name, _)| super::is_chosen(name, only)) {
         let step = progress.step(format!("counting {name}"));
         let count = callgrind::count(load, REQUESTS.min(u32::from(load.depth) * 8192), &progress)?;
         drop(step);

@@ -7,6 +7,8 @@ use client::{BlockQueue, BlockRequest, Buffer, RequestType, Segment};
 use nix::sched::{CpuSet, sched_setaffinity};
 use nix::unistd::Pid;
 
+use super::turns::Turn;
+
 /// Bytes of a request.
 pub(super) const BLOCK: usize = 4096;
 /// The same in sectors.
@@ -15,8 +17,8 @@ const SECTORS: u64 = BLOCK as u64 / 512;
 pub(super) const MAX_DEPTH: u16 = 256;
 /// How long a request may take before the server counts as hung.
 const LIMIT: Duration = Duration::from_secs(30);
-/// Turns between two looks at the clock.
-const TURNS: u32 = 64;
+/// Rounds between two looks at the clock.
+const ROUNDS: u32 = 64;
 
 /// How the driver learns of completions.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -35,6 +37,9 @@ pub(super) struct Load {
     /// Requests in flight.
     pub(super) depth: u16,
     pub(super) completion: Completion,
+    /// What is negotiated besides, of [`BlockOptions::PACKED`](client::BlockOptions::PACKED) and
+    /// [`BlockOptions::IN_ORDER`](client::BlockOptions::IN_ORDER).
+    pub(super) rings: u64,
     /// Bytes of the disk.
     pub(super) size: u64,
 }
@@ -58,8 +63,8 @@ impl Random {
 }
 
 /// One queue and what is in flight on it.
-pub(super) struct Driver<'a> {
-    queue: &'a mut BlockQueue,
+pub(super) struct Driver {
+    queue: BlockQueue,
     /// A block of memory for each entry of the queue, so that a descriptor stays as it is from request to request.
     blocks: Vec<Segment>,
     load: Load,
@@ -67,32 +72,38 @@ pub(super) struct Driver<'a> {
     in_flight: u16,
 }
 
-impl<'a> Driver<'a> {
-    pub(super) fn new(queue: &'a mut BlockQueue, data: &Buffer, load: Load) -> Result<Self> {
+impl Driver {
+    pub(super) fn new(queue: BlockQueue, data: &Buffer, load: Load) -> Result<Self> {
         let blocks = (0..usize::from(queue.ring().size()))
             .map(|entry| data.segment(entry * BLOCK, BLOCK))
             .collect::<Result<_, _>>()?;
         Ok(Self { queue, blocks, load, random: Random::new(), in_flight: 0 })
     }
 
-    /// Runs the load for `duration`, after some that does not count; requests a second.
-    pub(super) fn run(&mut self, warm_up: Duration, duration: Duration) -> Result<f64> {
-        self.run_for(warm_up)?;
+    /// Requests a second, of a turn with this load.
+    pub(super) fn run(&mut self, turn: Turn) -> Result<f64> {
+        self.run_for(turn.warm_up)?;
         let started = Instant::now();
-        let done = self.run_for(duration)?;
+        let done = self.run_for(turn.length)?;
         let elapsed = started.elapsed();
+        self.drain()?;
+        Ok(done as f64 / elapsed.as_secs_f64())
+    }
+
+    /// Waits until nothing is in flight.
+    pub(super) fn drain(&mut self) -> Result<()> {
         while self.in_flight > 0 {
             self.wait()?;
             self.complete()?;
         }
-        Ok(done as f64 / elapsed.as_secs_f64())
+        Ok(())
     }
 
     fn run_for(&mut self, duration: Duration) -> Result<u64> {
         let end = Instant::now() + duration;
         let mut done = 0;
         while Instant::now() < end {
-            for _ in 0..TURNS {
+            for _ in 0..ROUNDS {
                 self.fill()?;
                 self.wait()?;
                 done += u64::from(self.complete()?);
@@ -157,10 +168,6 @@ impl<'a> Driver<'a> {
         }
         self.in_flight -= done;
         Ok(done)
-    }
-
-    pub(super) fn in_flight(&self) -> u16 {
-        self.in_flight
     }
 }
 

@@ -1,12 +1,14 @@
 //! `cargo xtask bench`: how fast the server is, beside what the machine could do and what others do.
 //!
 //! ```text
-//! plan       what is measured, and the ratios of it that have bars
+//! plan       what is measured
+//!  turns      side by side, some milliseconds each
 //!  floors    what the machine itself can do
 //!  servers   our server and the peers, one at a time, on a core of their own
 //!   load     the driver: the same for all
 //!   disk, vhost_user   how it is attached
 //!  tenants   devices beside each other
+//! ratios     of what was measured, and their bars
 //! report     tables and plots
 //! budget     `--check`: instructions, counted by callgrind
 //! against    `--against`: two builds of the server
@@ -20,9 +22,11 @@ mod floors;
 mod load;
 mod plan;
 mod plot;
+mod ratios;
 mod report;
 mod servers;
 mod tenants;
+mod turns;
 mod vhost_user;
 
 use std::fs::File;
@@ -35,7 +39,7 @@ use anyhow::{Context, Result, ensure};
 use clap::Args;
 use testbed::{Progress, Server, Tool};
 
-use plan::{Bar, Measured};
+use ratios::{Bar, Measured};
 use servers::Place;
 
 /// The load average from which a machine is not quiet.
@@ -50,10 +54,10 @@ pub(crate) struct Options {
     /// Shorter measurements, on a smaller file
     #[arg(long)]
     quick: bool,
-    /// Only what has NAME in its name; nothing is written to docs/performance.md then
-    #[arg(long, value_name = "NAME")]
-    only: Option<String>,
-    /// How often each is measured; the median counts
+    /// Only what has one of these in its name; nothing is written to docs/performance.md then
+    #[arg(long, value_name = "NAME,...", value_delimiter = ',')]
+    only: Vec<String>,
+    /// How often each is started and measured; the median counts
     #[arg(long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u16).range(1..=99))]
     rounds: u16,
     /// The folder of the file that is read and written [default: target/bench]
@@ -78,7 +82,7 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
         return crate::run_optimised();
     }
     if options.check {
-        return budget::check(options.bless, options.only.as_deref(), options.profile);
+        return budget::check(options.bless, &options.only, options.profile);
     }
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     ensure!(cores > DRIVER_CPU, "server and driver need a core each, and this machine has one");
@@ -108,12 +112,13 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
     let file = test_file(&folder, file_size, &progress)?;
     let place = Place { folder: sockets.path().to_owned(), file: file.path().to_owned(), file_size };
 
-    let chosen = |name: &str| options.only.as_ref().is_none_or(|only| name.contains(only.as_str()));
-    let mut subjects = plan::subjects(&place);
-    subjects.retain(|subject| chosen(subject.name));
+    let chosen = |name: &str| is_chosen(name, &options.only);
+    let mut groups = plan::groups(&place);
+    groups.iter_mut().for_each(|group| group.subjects.retain(|subject| chosen(subject.name)));
+    groups.retain(|group| !group.subjects.is_empty());
     let rounds = usize::from(options.rounds);
-    let results = plan::measure(&subjects, &place, rounds, duration, &progress)?;
-    let mut measured = plan::ratios(&results);
+    let results = plan::measure(&groups, &place, rounds, duration, &progress)?;
+    let mut measured = ratios::ratios(&results);
     if chosen("instructions") {
         measured.push(one(
             "instructions a null 4 KiB request at depth 32",
@@ -126,14 +131,18 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
         measured.extend(idle(&place, duration, &progress)?);
     }
     let machine = report::machine(rounds, duration.as_secs_f64())?;
-    let tables =
-        format!("{machine}\n\n{}\n{}", report::ratio_table(&measured), report::value_table(&subjects, &results));
+    let tables = format!("{machine}\n\n{}\n{}", report::ratio_table(&measured), report::value_table(&groups, &results));
     println!("{tables}");
-    if options.only.is_none() {
+    if options.only.is_empty() {
         let page = report::write(&root.join("docs"), &tables, &results)?;
         println!("written to {}", page.display());
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// Whether one of `only` is part of `name`, or everything is.
+fn is_chosen(name: &str, only: &[String]) -> bool {
+    only.is_empty() || only.iter().any(|part| name.contains(part.as_str()))
 }
 
 fn one(title: &str, bar: Bar, value: f64, unit: &'static str) -> Measured {

@@ -1,15 +1,18 @@
-//! What is measured, in which order, and the bars that the ratios have to reach.
+//! What is measured, in which order, and what beside what.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
 
 use anyhow::Result;
-use testbed::Progress;
+use client::BlockOptions;
+use testbed::{Progress, binary};
 
+use super::DRIVER_CPU;
 use super::floors::{self, Memory};
-use super::load::{Completion, Load, MAX_DEPTH};
+use super::load::{Completion, Load, MAX_DEPTH, on_cpu};
 use super::servers::{self, Place, Store};
-use super::tenants;
+use super::tenants::Beside;
+use super::turns::{self, Contender, Turn};
 
 /// What one measurement gives.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -30,10 +33,11 @@ pub(super) struct Subject {
 }
 
 enum Measure {
-    /// The floor of what is measured next, which has this name.
+    /// Beside what has this name.
     CacheLine(&'static str),
     Copy,
     EventFd,
+    /// With this polling policy.
     Ours(Store, &'static str, Load),
     QemuStorageDaemon(Store, Load),
     Fio(Load),
@@ -52,11 +56,16 @@ impl Subject {
             };
             let way = if load.write { "write" } else { "read" };
             let driver = if load.completion == Completion::Event { ", driver sleeping" } else { "" };
-            format!("{store}, {way}, depth {}{driver}", load.depth)
+            let rings = match load.rings {
+                BlockOptions::PACKED => ", packed",
+                BlockOptions::IN_ORDER => ", in order",
+                _ => "",
+            };
+            format!("{store}, {way}, depth {}{driver}{rings}", load.depth)
         };
         let (title, unit) = match &measure {
             Measure::CacheLine(of) => {
-                (format!("a cache line to the other core and back, before {of}"), Unit::Nanoseconds)
+                (format!("a cache line to the other core and back, beside {of}"), Unit::Nanoseconds)
             }
             Measure::Copy => ("a random 4 KiB copy out of 512 MiB".to_owned(), Unit::Nanoseconds),
             Measure::EventFd => ("an eventfd to a sleeping thread and back".to_owned(), Unit::Nanoseconds),
@@ -75,64 +84,141 @@ impl Subject {
         };
         Self { name, title, unit, measure }
     }
+
+    /// Has it ready for its turns, on the driver's thread.
+    fn start<'a>(&self, place: &'a Place, memory: &'a Memory) -> Result<Box<dyn Contender + 'a>> {
+        let name = self.name;
+        Ok(match self.measure {
+            Measure::CacheLine(_) => Box::new(|turn: Turn| floors::cache_line(turn.length)),
+            Measure::Copy => Box::new(|turn: Turn| memory.copy(turn.length)),
+            Measure::EventFd => Box::new(|turn: Turn| floors::eventfd(turn.length)),
+            Measure::Ours(store, poll, load) => Box::new(servers::ours(&binary()?, name, place, store, poll, load)?),
+            Measure::QemuStorageDaemon(store, load) => {
+                Box::new(servers::qemu_storage_daemon(name, place, store, load)?)
+            }
+            Measure::Fio(load) => Box::new(move |turn: Turn| servers::fio(place, load, turn)),
+            Measure::FioNbd(load) => Box::new(move |turn: Turn| servers::fio_nbd(place, load, turn)),
+            Measure::Beside(depth) => Box::new(Beside::start(name, place, depth)?),
+        })
+    }
+}
+
+/// What is compared with each other.
+pub(super) struct Group {
+    pub(super) subjects: Vec<Subject>,
+    /// Whether they are all there at once and have short turns; otherwise one is measured after the other.
+    in_turns: bool,
 }
 
 /// All that is measured.
-pub(super) fn subjects(place: &Place) -> Vec<Subject> {
+pub(super) fn groups(place: &Place) -> Vec<Group> {
     use Measure::{Beside, CacheLine, Copy, EventFd, Fio, FioNbd, Ours, QemuStorageDaemon};
     use Store::{File, Memory, Nbd, Null};
-    let load = |store, depth| Load { write: false, depth, completion: Completion::Poll, size: place.size(store) };
+    let load =
+        |store, depth| Load { write: false, depth, completion: Completion::Poll, rings: 0, size: place.size(store) };
     let event = |depth| Load { completion: Completion::Event, ..load(Null, depth) };
+    let packed = |depth| Load { rings: BlockOptions::PACKED, ..load(Null, depth) };
+    let in_order = |depth| Load { rings: BlockOptions::IN_ORDER, ..load(Null, depth) };
     let write = |depth| Load { write: true, ..load(File, depth) };
     // The driver sleeps, for its processor is the NBD server's too.
     let nbd = |write| Load { write, completion: Completion::Event, ..load(Nbd, 32) };
-    let measures = [
-        ("eventfd", EventFd),
-        ("null-always-1-floor", CacheLine("null, depth 1")),
-        ("null-always-1", Ours(Null, "always", load(Null, 1))),
-        ("null-adaptive-1", Ours(Null, "adaptive", load(Null, 1))),
-        ("null-qsd-1", QemuStorageDaemon(Null, load(Null, 1))),
-        ("null-always-32-floor", CacheLine("null, depth 32")),
-        ("null-always-32", Ours(Null, "always", load(Null, 32))),
-        ("null-adaptive-32", Ours(Null, "adaptive", load(Null, 32))),
-        ("null-qsd-32", QemuStorageDaemon(Null, load(Null, 32))),
-        ("null-event-1", Ours(Null, "adaptive", event(1))),
-        ("null-event-qsd-1", QemuStorageDaemon(Null, event(1))),
-        ("null-event-32", Ours(Null, "adaptive", event(32))),
-        ("null-event-qsd-32", QemuStorageDaemon(Null, event(32))),
-        ("copy", Copy),
-        ("memory-always-1-floor", CacheLine("memory, depth 1")),
-        ("memory-always-1", Ours(Memory, "always", load(Memory, 1))),
-        ("memory-always-32", Ours(Memory, "always", load(Memory, 32))),
-        ("memory-adaptive-32", Ours(Memory, "adaptive", load(Memory, 32))),
-        ("file-read-1", Ours(File, "adaptive", load(File, 1))),
-        ("file-read-fio-1", Fio(load(File, 1))),
-        ("file-read-32", Ours(File, "adaptive", load(File, 32))),
-        ("file-read-fio-32", Fio(load(File, 32))),
-        ("file-read-qsd-32", QemuStorageDaemon(File, load(File, 32))),
-        ("file-write-1", Ours(File, "adaptive", write(1))),
-        ("file-write-fio-1", Fio(write(1))),
-        ("file-write-32", Ours(File, "adaptive", write(32))),
-        ("file-write-fio-32", Fio(write(32))),
-        ("file-write-qsd-32", QemuStorageDaemon(File, write(32))),
-        ("nbd-read-32", Ours(Nbd, "adaptive", nbd(false))),
-        ("nbd-read-qsd-32", QemuStorageDaemon(Nbd, nbd(false))),
-        ("nbd-read-fio-32", FioNbd(nbd(false))),
-        ("nbd-write-32", Ours(Nbd, "adaptive", nbd(true))),
-        ("nbd-write-qsd-32", QemuStorageDaemon(Nbd, nbd(true))),
-        ("nbd-write-fio-32", FioNbd(nbd(true))),
-        ("beside-idle", Beside(0)),
-        ("beside-flooded", Beside(MAX_DEPTH)),
-    ];
-    measures.into_iter().map(|(name, measure)| Subject::new(name, measure)).collect()
+    vec![
+        in_turns([
+            ("null-floor-1", CacheLine("null, depth 1")),
+            ("null-always-1", Ours(Null, "always", load(Null, 1))),
+            ("null-adaptive-1", Ours(Null, "adaptive", load(Null, 1))),
+            ("null-packed-1", Ours(Null, "always", packed(1))),
+            ("null-in-order-1", Ours(Null, "always", in_order(1))),
+            ("null-qsd-1", QemuStorageDaemon(Null, load(Null, 1))),
+        ]),
+        in_turns([
+            ("null-floor-32", CacheLine("null, depth 32")),
+            ("null-always-32", Ours(Null, "always", load(Null, 32))),
+            ("null-adaptive-32", Ours(Null, "adaptive", load(Null, 32))),
+            ("null-packed-32", Ours(Null, "always", packed(32))),
+            ("null-in-order-32", Ours(Null, "always", in_order(32))),
+            ("null-qsd-32", QemuStorageDaemon(Null, load(Null, 32))),
+        ]),
+        in_turns([
+            ("eventfd", EventFd),
+            ("null-event-1", Ours(Null, "adaptive", event(1))),
+            ("null-event-qsd-1", QemuStorageDaemon(Null, event(1))),
+            ("null-event-32", Ours(Null, "adaptive", event(32))),
+            ("null-event-qsd-32", QemuStorageDaemon(Null, event(32))),
+        ]),
+        in_turns([
+            ("copy", Copy),
+            ("memory-floor", CacheLine("memory")),
+            ("memory-always-1", Ours(Memory, "always", load(Memory, 1))),
+            ("memory-always-32", Ours(Memory, "always", load(Memory, 32))),
+            ("memory-adaptive-32", Ours(Memory, "adaptive", load(Memory, 32))),
+        ]),
+        in_turns([("beside-idle", Beside(0)), ("beside-flooded", Beside(MAX_DEPTH))]),
+        // A disk takes longer than a turn to forget who was there before.
+        alone([("file-read-1", Ours(File, "adaptive", load(File, 1))), ("file-read-fio-1", Fio(load(File, 1)))]),
+        alone([
+            ("file-read-32", Ours(File, "adaptive", load(File, 32))),
+            ("file-read-fio-32", Fio(load(File, 32))),
+            ("file-read-qsd-32", QemuStorageDaemon(File, load(File, 32))),
+        ]),
+        alone([("file-write-1", Ours(File, "adaptive", write(1))), ("file-write-fio-1", Fio(write(1)))]),
+        alone([
+            ("file-write-32", Ours(File, "adaptive", write(32))),
+            ("file-write-fio-32", Fio(write(32))),
+            ("file-write-qsd-32", QemuStorageDaemon(File, write(32))),
+        ]),
+        alone([
+            ("nbd-read-32", Ours(Nbd, "adaptive", nbd(false))),
+            ("nbd-read-qsd-32", QemuStorageDaemon(Nbd, nbd(false))),
+            ("nbd-read-fio-32", FioNbd(nbd(false))),
+        ]),
+        alone([
+            ("nbd-write-32", Ours(Nbd, "adaptive", nbd(true))),
+            ("nbd-write-qsd-32", QemuStorageDaemon(Nbd, nbd(true))),
+            ("nbd-write-fio-32", FioNbd(nbd(true))),
+        ]),
+    ]
 }
 
-/// The values of a subject, one a round.
-pub(super) type Results = BTreeMap<&'static str, Vec<f64>>;
+fn in_turns<const N: usize>(measures: [(&'static str, Measure); N]) -> Group {
+    Group { in_turns: true, ..alone(measures) }
+}
 
-/// Measures all subjects in turns, so that whatever else the machine does falls on all alike.
+fn alone<const N: usize>(measures: [(&'static str, Measure); N]) -> Group {
+    let subjects = measures.into_iter().map(|(name, measure)| Subject::new(name, measure)).collect();
+    Group { subjects, in_turns: false }
+}
+
+impl Group {
+    /// The values of each subject in a round, in which each has `duration`.
+    fn measure(&self, place: &Place, memory: &Memory, duration: Duration) -> Result<Vec<Vec<f64>>> {
+        let start =
+            |subject: &Subject| subject.start(place, memory).map_err(|error| error.context(subject.title.clone()));
+        on_cpu(DRIVER_CPU, || {
+            if self.in_turns {
+                let mut contenders = self.subjects.iter().map(start).collect::<Result<Vec<_>>>()?;
+                let turns = duration.as_millis() / Turn::SHORT.length.as_millis();
+                let values = turns::take(&mut contenders, usize::try_from(turns)?)?;
+                contenders.into_iter().try_for_each(Contender::leave)?;
+                return Ok(values);
+            }
+            let alone = |subject| {
+                let mut contender = start(subject)?;
+                let value = contender.turn(Turn::whole(duration))?;
+                contender.leave()?;
+                Ok(vec![value])
+            };
+            self.subjects.iter().map(alone).collect()
+        })
+    }
+}
+
+/// The values of a subject: of each round, those of its turns.
+pub(super) type Results = BTreeMap<&'static str, Vec<Vec<f64>>>;
+
+/// Measures all groups in each round, so that whatever else the machine does falls on all alike.
 pub(super) fn measure(
-    subjects: &[Subject],
+    groups: &[Group],
     place: &Place,
     rounds: usize,
     duration: Duration,
@@ -141,226 +227,17 @@ pub(super) fn measure(
     let step = progress.step("measuring");
     let memory = Memory::new();
     let mut results = Results::new();
-    let total = (subjects.len() * rounds) as u64;
     for round in 0..rounds {
-        for (index, subject) in subjects.iter().enumerate() {
-            step.note(&format!("round {} of {rounds}, {}", round + 1, subject.title));
-            let value = match &subject.measure {
-                Measure::CacheLine(_) => floors::cache_line(duration),
-                Measure::Copy => memory.copy(duration),
-                Measure::EventFd => floors::eventfd(duration),
-                Measure::Ours(store, poll, load) => servers::ours(place, *store, poll, *load, duration),
-                Measure::QemuStorageDaemon(store, load) => servers::qemu_storage_daemon(place, *store, *load, duration),
-                Measure::Fio(load) => servers::fio(place, *load, duration),
-                Measure::FioNbd(load) => servers::fio_nbd(place, *load, duration),
-                Measure::Beside(depth) => tenants::beside(place, *depth, duration),
-            };
-            let value = value.map_err(|error| error.context(subject.title.clone()))?;
-            results.entry(subject.name).or_default().push(value);
-            step.advance((round * subjects.len() + index + 1) as u64, total);
+        for (index, group) in groups.iter().enumerate() {
+            let first = group.subjects.first().map_or("", |subject| &subject.title);
+            step.note(&format!("round {} of {rounds}, {first} ...", round + 1));
+            let values = group.measure(place, &memory, duration)?;
+            for (subject, values) in group.subjects.iter().zip(values) {
+                results.entry(subject.name).or_default().push(values);
+            }
+            step.advance((round * groups.len() + index + 1) as u64, (groups.len() * rounds) as u64);
         }
     }
     step.done("done");
     Ok(results)
-}
-
-/// The value in the middle; the mean of two for an even number.
-pub(super) fn median(values: &[f64]) -> f64 {
-    let mut values = values.to_vec();
-    values.sort_by(f64::total_cmp);
-    let middle = values.len() / 2;
-    match (values.get(middle), middle.checked_sub(1).and_then(|below| values.get(below))) {
-        (Some(above), Some(below)) if values.len().is_multiple_of(2) => (above + below) / 2.0,
-        (Some(value), _) => *value,
-        (None, _) => f64::NAN,
-    }
-}
-
-/// What a ratio has to be.
-#[derive(Debug, Clone, Copy)]
-pub(super) enum Bar {
-    AtMost(f64),
-    AtLeast(f64),
-}
-
-impl Bar {
-    pub(super) fn is_reached(self, ratio: f64) -> bool {
-        match self {
-            Self::AtMost(bar) => ratio <= bar,
-            Self::AtLeast(bar) => ratio >= bar,
-        }
-    }
-}
-
-/// The values of one round, by the names of their subjects.
-type Values<'a> = dyn Fn(&str) -> f64 + 'a;
-
-/// One ratio: how it is made of one round's values.
-struct Ratio {
-    title: &'static str,
-    bar: Option<Bar>,
-    of: fn(&Values<'_>) -> f64,
-}
-
-/// Nanoseconds of a request at this rate.
-fn time(rate: f64) -> f64 {
-    1e9 / rate
-}
-
-const RATIOS: [Ratio; 21] = [
-    Ratio {
-        title: "null, always polling, depth 1: time a request over the cache-line round trip",
-        bar: Some(Bar::AtMost(2.5)),
-        of: |value| time(value("null-always-1")) / value("null-always-1-floor"),
-    },
-    Ratio {
-        title: "null, always polling, depth 32: the same",
-        bar: Some(Bar::AtMost(0.70)),
-        of: |value| time(value("null-always-32")) / value("null-always-32-floor"),
-    },
-    Ratio {
-        title: "memory, depth 32: rate over the one-core random 4 KiB copy rate",
-        bar: Some(Bar::AtLeast(0.75)),
-        of: |value| value("memory-always-32") / time(value("copy")),
-    },
-    Ratio {
-        title: "memory, depth 1: time over (2.5 round trips + one copy)",
-        bar: Some(Bar::AtMost(1.2)),
-        of: |value| time(value("memory-always-1")) / (2.5 * value("memory-always-1-floor") + value("copy")),
-    },
-    Ratio {
-        title: "file, direct, read, depth 1: rate over fio",
-        bar: Some(Bar::AtLeast(0.97)),
-        of: |value| value("file-read-1") / value("file-read-fio-1"),
-    },
-    Ratio {
-        title: "file, direct, read, depth 32: rate over fio",
-        bar: Some(Bar::AtLeast(0.97)),
-        of: |value| value("file-read-32") / value("file-read-fio-32"),
-    },
-    Ratio {
-        title: "file, direct, write, depth 1: rate over fio",
-        bar: Some(Bar::AtLeast(0.97)),
-        of: |value| value("file-write-1") / value("file-write-fio-1"),
-    },
-    Ratio {
-        title: "file, direct, write, depth 32: rate over fio",
-        bar: Some(Bar::AtLeast(0.97)),
-        of: |value| value("file-write-32") / value("file-write-fio-32"),
-    },
-    Ratio {
-        title: "adaptive over always, null, depth 32",
-        bar: Some(Bar::AtLeast(0.95)),
-        of: |value| value("null-adaptive-32") / value("null-always-32"),
-    },
-    Ratio {
-        title: "adaptive over always, memory, depth 32",
-        bar: Some(Bar::AtLeast(0.95)),
-        of: |value| value("memory-adaptive-32") / value("memory-always-32"),
-    },
-    Ratio {
-        title: "driver sleeping on eventfds, null, depth 32: rate over qemu-storage-daemon",
-        bar: Some(Bar::AtLeast(1.5)),
-        of: |value| value("null-event-32") / value("null-event-qsd-32"),
-    },
-    Ratio {
-        title: "two devices, the other at depth 256: p99 at depth 1 over alone",
-        bar: Some(Bar::AtMost(2.0)),
-        of: |value| value("beside-flooded") / value("beside-idle"),
-    },
-    Ratio {
-        title: "NBD, read, depth 32: rate over qemu-storage-daemon with the same export",
-        bar: Some(Bar::AtLeast(1.2)),
-        of: |value| value("nbd-read-32") / value("nbd-read-qsd-32"),
-    },
-    Ratio {
-        title: "NBD, write, depth 32: the same",
-        bar: Some(Bar::AtLeast(1.2)),
-        of: |value| value("nbd-write-32") / value("nbd-write-qsd-32"),
-    },
-    Ratio {
-        title: "NBD, read, depth 32: rate over fio with the same export",
-        bar: None,
-        of: |value| value("nbd-read-32") / value("nbd-read-fio-32"),
-    },
-    Ratio {
-        title: "NBD, write, depth 32: the same",
-        bar: None,
-        of: |value| value("nbd-write-32") / value("nbd-write-fio-32"),
-    },
-    Ratio {
-        title: "driver sleeping on eventfds, null, depth 1: rate over qemu-storage-daemon",
-        bar: None,
-        of: |value| value("null-event-1") / value("null-event-qsd-1"),
-    },
-    Ratio {
-        title: "driver polling, null, depth 1: rate (adaptive) over qemu-storage-daemon",
-        bar: None,
-        of: |value| value("null-adaptive-1") / value("null-qsd-1"),
-    },
-    Ratio {
-        title: "driver polling, null, depth 32: rate (adaptive) over qemu-storage-daemon",
-        bar: None,
-        of: |value| value("null-adaptive-32") / value("null-qsd-32"),
-    },
-    Ratio {
-        title: "file, direct, read, depth 32: rate over qemu-storage-daemon",
-        bar: None,
-        of: |value| value("file-read-32") / value("file-read-qsd-32"),
-    },
-    Ratio {
-        title: "file, direct, write, depth 32: rate over qemu-storage-daemon",
-        bar: None,
-        of: |value| value("file-write-32") / value("file-write-qsd-32"),
-    },
-];
-
-/// A ratio that was measured.
-pub(super) struct Measured {
-    pub(super) title: String,
-    pub(super) bar: Option<Bar>,
-    /// The ratio of each round.
-    pub(super) ratios: Vec<f64>,
-    /// What comes after the number.
-    pub(super) unit: &'static str,
-}
-
-/// The ratios whose values are all there: each round's own, since only they were measured side by side.
-pub(super) fn ratios(results: &Results) -> Vec<Measured> {
-    let rounds = results.values().map(Vec::len).min().unwrap_or(0);
-    RATIOS
-        .iter()
-        .map(|ratio| {
-            let of_round = |round: usize| {
-                (ratio.of)(&|name: &str| {
-                    results.get(name).and_then(|values| values.get(round)).copied().unwrap_or(f64::NAN)
-                })
-            };
-            let ratios = (0..rounds).map(of_round).collect();
-            Measured { title: ratio.title.to_owned(), bar: ratio.bar, ratios, unit: "" }
-        })
-        .filter(|measured: &Measured| measured.ratios.iter().all(|ratio| ratio.is_finite()))
-        .collect()
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn each_ratio_is_made_of_subjects() {
-        let place = Place { folder: "/".into(), file: "/file".into(), file_size: 1 << 30 };
-        let results: Results = subjects(&place).iter().map(|subject| (subject.name, vec![2.0, 4.0])).collect();
-        assert_eq!(ratios(&results).len(), RATIOS.len());
-        let mut fewer = results;
-        fewer.remove("copy");
-        assert_eq!(ratios(&fewer).len(), RATIOS.len() - 2);
-    }
-
-    #[test]
-    fn the_middle() {
-        assert_eq!(median(&[3.0, 1.0, 2.0]), 2.0);
-        assert_eq!(median(&[4.0, 1.0, 2.0, 3.0]), 2.5);
-        assert!(median(&[]).is_nan());
-    }
 }

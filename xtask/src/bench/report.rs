@@ -7,8 +7,9 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result};
 use testbed::{Progress, Tool};
 
-use super::plan::{Bar, Measured, Results, Subject, Unit, median};
+use super::plan::{Group, Results, Unit};
 use super::plot::{self, Row};
+use super::ratios::{Bar, Measured, median};
 
 /// Between these lines the text is ours, all other text of the file its writer's.
 const BEGIN: &str = "<!-- written by cargo xtask bench: begin -->\n";
@@ -99,11 +100,11 @@ pub(super) fn ratio_table(measured: &[Measured]) -> String {
 }
 
 /// The table of what was measured.
-pub(super) fn value_table(subjects: &[Subject], results: &Results) -> String {
+pub(super) fn value_table(groups: &[Group], results: &Results) -> String {
     let mut text = "| what | median | lowest to highest | time each |\n|---|---|---|---|\n".to_owned();
-    for subject in subjects {
-        let Some(values) = results.get(subject.name) else { continue };
-        let (value, (low, high)) = (median(values), range(values));
+    for subject in groups.iter().flat_map(|group| &group.subjects) {
+        let Some(values) = results.get(subject.name).map(|rounds| medians(rounds)) else { continue };
+        let (value, (low, high)) = (median(&values), range(&values));
         let (shown, spread, time) = match subject.unit {
             Unit::Rate => (rate(value), format!("{} to {}", rate(low), rate(high)), duration(1e9 / value)),
             Unit::Nanoseconds => (duration(value), format!("{} to {}", duration(low), duration(high)), String::new()),
@@ -121,9 +122,9 @@ pub(super) fn write(docs: &Path, tables: &str, results: &Results) -> Result<Path
         let rows: Vec<Row> = bars
             .iter()
             .filter_map(|(name, label, ours)| {
-                let values = results.get(name)?;
-                let (lowest, highest) = range(values);
-                Some(Row { label: (*label).to_owned(), median: median(values), lowest, highest, ours: *ours })
+                let values = medians(results.get(name)?);
+                let (lowest, highest) = range(&values);
+                Some(Row { label: (*label).to_owned(), median: median(&values), lowest, highest, ours: *ours })
             })
             .collect();
         let path = docs.join(file);
@@ -147,6 +148,11 @@ fn replaced(text: &str, block: &str) -> Option<String> {
 fn row(text: &mut String, cells: &[&str]) {
     // Writing to a String cannot fail.
     let _infallible = writeln!(text, "| {} |", cells.join(" | "));
+}
+
+/// The median of each round.
+fn medians(rounds: &[Vec<f64>]) -> Vec<f64> {
+    rounds.iter().map(|turns| median(turns)).collect()
 }
 
 fn range(values: &[f64]) -> (f64, f64) {

@@ -6,18 +6,18 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use client::BlockOptions;
+use nix::sys::signal::Signal;
 use serde_json::Value;
-use testbed::{Process, Progress, Tool, binary, output};
+use testbed::{Process, Progress, Tool, output};
 
-use super::load::{BLOCK, Completion, Driver, Load, on_cpu, queue_size};
+use super::load::{BLOCK, Completion, Driver, Load, queue_size};
+use super::turns::{Contender, Turn};
 use super::{DRIVER_CPU, SERVER_CPU, disk, vhost_user};
 
 /// Bytes of a disk that has no file.
 const DISK_SIZE: u64 = 512 << 20;
 /// The plugin that exports memory.
 const NBDKIT_MEMORY: &str = "usr/lib/x86_64-linux-gnu/nbdkit/plugins/nbdkit-memory-plugin.so";
-/// What runs before anything counts: caches fill, and policies learn.
-const WARM_UP: Duration = Duration::from_millis(100);
 /// How long a server may take to listen.
 const LIMIT: Duration = Duration::from_secs(20);
 /// How long it may be between two looks for its socket.
@@ -52,25 +52,45 @@ impl Place {
     }
 }
 
-/// `vfio-user-blk`: requests a second.
-pub(super) fn ours(place: &Place, store: Store, poll: &str, load: Load, duration: Duration) -> Result<f64> {
-    let socket = place.folder.join("blk.sock");
-    let _export = export(place, store)?;
-    let _server = serve(&binary()?, place, store, poll, &socket)?;
-    let options = options(load);
-    on_cpu(DRIVER_CPU, || {
-        let mut disk = disk::Disk::attach(&socket, &options, data_size(load))?;
-        let queue = disk.queues.first_mut().context("the server has no queue")?;
-        let rate = Driver::new(queue, &disk.data, load)?.run(WARM_UP, duration)?;
-        disk.detach()?;
-        Ok(rate)
-    })
+/// A server whose disk is in use. Between turns it is stopped.
+pub(super) struct Served {
+    driver: Driver,
+    detach: Box<dyn FnOnce() -> Result<()>>,
+    server: Process,
+    /// Where the server has its blocks from, if that is a process.
+    _export: Option<Process>,
 }
 
-/// A build of `vfio-user-blk`, with one device at `socket`.
-pub(super) fn serve(program: &Path, place: &Place, store: Store, poll: &str, socket: &Path) -> Result<Process> {
+impl Contender for Served {
+    fn turn(&mut self, turn: Turn) -> Result<f64> {
+        self.server.signal(Signal::SIGCONT)?;
+        let rate = self.driver.run(turn)?;
+        self.server.signal(Signal::SIGSTOP)?;
+        Ok(rate)
+    }
+
+    fn leave(self: Box<Self>) -> Result<()> {
+        self.server.signal(Signal::SIGCONT)?;
+        (self.detach)()
+    }
+}
+
+/// A build of `vfio-user-blk`, which serves a disk to this thread. `name` is nobody else's.
+pub(super) fn ours(program: &Path, name: &str, place: &Place, store: Store, poll: &str, load: Load) -> Result<Served> {
+    let socket = place.folder.join(name);
+    let export = export(place, store)?;
+    let server = serve(program, place, store, poll, &socket)?;
+    let mut disk = disk::Disk::attach(&socket, &options(load), data_size(load))?;
+    let queue = disk.queues.pop().context("the server has no queue")?;
+    let driver = Driver::new(queue, &disk.data, load)?;
+    Ok(Served { driver, detach: Box::new(|| disk.detach()), server, _export: export })
+}
+
+/// `vfio-user-blk` with one device at `socket`.
+fn serve(program: &Path, place: &Place, store: Store, poll: &str, socket: &Path) -> Result<Process> {
     let mut command = on(SERVER_CPU, Command::new(program));
-    command.args(["serve", "--workers", "1", "--num-queues", "1", "--poll", poll, "--socket-path"]).arg(socket);
+    command.args(["serve", "--workers", "1", "--num-queues", "1", "--packed", "--in-order"]);
+    command.args(["--poll", poll, "--socket-path"]).arg(socket);
     match store {
         Store::Null => command.args(["--store", "null", "--size", &DISK_SIZE.to_string()]),
         Store::Memory => command.args(["--store", "memory", "--size", &DISK_SIZE.to_string()]),
@@ -85,11 +105,11 @@ pub(super) fn serve(program: &Path, place: &Place, store: Store, poll: &str, soc
     Ok(server)
 }
 
-/// `qemu-storage-daemon`, which exports a disk by vhost-user-blk from an iothread that polls as long as it is set to by default:
-/// requests a second.
-pub(super) fn qemu_storage_daemon(place: &Place, store: Store, load: Load, duration: Duration) -> Result<f64> {
-    let socket = place.folder.join("vhost.sock");
-    let _export = export(place, store)?;
+/// `qemu-storage-daemon`, which exports a disk to this thread by vhost-user-blk, from an iothread that polls as long as it is set
+/// to by default.
+pub(super) fn qemu_storage_daemon(name: &str, place: &Place, store: Store, load: Load) -> Result<Served> {
+    let socket = place.folder.join(name);
+    let store_export = export(place, store)?;
     let mut command = on(SERVER_CPU, Tool::QemuStorageDaemon.command(&Progress::silent())?);
     let node = match store {
         Store::File => format!("file,filename={},aio=io_uring,cache.direct=on", place.file.display()),
@@ -101,13 +121,11 @@ pub(super) fn qemu_storage_daemon(place: &Place, store: Store, load: Load, durat
         .args(["--object", "iothread,id=io"])
         .args(["--blockdev", &format!("driver={node},node-name=disk")])
         .args(["--export", &format!("vhost-user-blk,id=export,node-name=disk,{export}")]);
-    let _server = start("qemu-storage-daemon", &mut command, &socket)?;
-    on_cpu(DRIVER_CPU, || {
-        let mut disk = vhost_user::Disk::attach(&socket, queue_size(load.depth), data_size(load))?;
-        let rate = Driver::new(&mut disk.queue, &disk.data, load)?.run(WARM_UP, duration)?;
-        disk.detach()?;
-        Ok(rate)
-    })
+    let server = start("qemu-storage-daemon", &mut command, &socket)?;
+    let vhost_user::Disk { front_end, queue, data } =
+        vhost_user::Disk::attach(&socket, queue_size(load.depth), data_size(load))?;
+    let driver = Driver::new(queue, &data, load)?;
+    Ok(Served { driver, detach: Box::new(|| front_end.detach()), server, _export: store_export })
 }
 
 /// The export that a device of [`Store::Nbd`] has its blocks from, beside the driver: what serves the device has a processor of its
@@ -136,30 +154,32 @@ fn libnbd(place: &Place) -> Result<Command> {
 }
 
 /// fio in place of a server and its driver: requests a second.
-pub(super) fn fio_nbd(place: &Place, load: Load, duration: Duration) -> Result<f64> {
+pub(super) fn fio_nbd(place: &Place, load: Load, turn: Turn) -> Result<f64> {
     let _export = export(place, Store::Nbd)?;
     let mut command = libnbd(place)?;
     command
-        .args(["--name=bench", "--bs=4k", "--time_based", "--ramp_time=100ms", "--norandommap"])
+        .args(["--name=bench", "--bs=4k", "--time_based", "--norandommap"])
         .arg("--random_generator=tausworthe64")
         .arg(format!("--rw={}", if load.write { "randwrite" } else { "randread" }))
         .arg(format!("--iodepth={}", load.depth))
-        .arg(format!("--runtime={}ms", duration.as_millis()));
+        .arg(format!("--ramp_time={}ms", turn.warm_up.as_millis()))
+        .arg(format!("--runtime={}ms", turn.length.as_millis()));
     rate(&command, load)
 }
 
 /// fio on the file itself, with all that io_uring has to be fast: requests a second.
-pub(super) fn fio(place: &Place, load: Load, duration: Duration) -> Result<f64> {
+pub(super) fn fio(place: &Place, load: Load, turn: Turn) -> Result<f64> {
     let mut command = on(SERVER_CPU, Tool::Fio.command(&Progress::silent())?);
     let pattern = if load.write { "randwrite" } else { "randread" };
     command
         .args(["--name=bench", "--ioengine=io_uring", "--direct=1", "--fixedbufs", "--registerfiles", "--bs=4k"])
-        .args(["--time_based", "--ramp_time=100ms", "--norandommap", "--random_generator=tausworthe64", "--thread"])
+        .args(["--time_based", "--norandommap", "--random_generator=tausworthe64", "--thread"])
         .args(["--allow_file_create=0", "--output-format=json"])
         .arg(format!("--filename={}", place.file.display()))
         .arg(format!("--rw={pattern}"))
         .arg(format!("--iodepth={}", load.depth))
-        .arg(format!("--runtime={}ms", duration.as_millis()));
+        .arg(format!("--ramp_time={}ms", turn.warm_up.as_millis()))
+        .arg(format!("--runtime={}ms", turn.length.as_millis()));
     rate(&command, load)
 }
 
@@ -210,9 +230,10 @@ fn fill(socket: &Path) -> Result<()> {
     disk.detach()
 }
 
-/// How our server's disk is driven: as the peer's, with the same features.
+/// How our server's disk is driven: as the peer's, with the same features unless the load has more.
 pub(super) fn options(load: Load) -> BlockOptions {
     BlockOptions {
+        features: BlockOptions::FEATURES | load.rings,
         queues: 1,
         queue_size: queue_size(load.depth),
         interrupts: load.completion == Completion::Event,

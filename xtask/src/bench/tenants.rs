@@ -1,17 +1,20 @@
 //! What devices of one server cost while they are idle, and what a busy one does to another.
 
 use std::fs;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use client::BlockOptions;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use nix::sys::signal::Signal;
 use nix::unistd::{SysconfVar, sysconf};
-use testbed::binary;
+use testbed::{Process, binary};
 
-use super::load::{Completion, Driver, Load, MAX_DEPTH, on_cpu};
+use super::load::{Completion, Driver, Load, MAX_DEPTH};
 use super::servers::{Place, data_size, on, options, start};
-use super::{DRIVER_CPU, SERVER_CPU, disk};
+use super::turns::{Contender, Turn};
+use super::{SERVER_CPU, disk};
 
 /// Devices of a server that has many.
 const DEVICES: usize = 1000;
@@ -47,11 +50,10 @@ pub(super) fn idle(place: &Place, duration: Duration) -> Result<Idle> {
     Ok(Idle { one_device: one, further_device: (many - one) / (DEVICES - 1) as f64, cpu })
 }
 
-/// Bytes resident, and the part of a core, of a server with `devices` devices.
-fn idle_server(place: &Place, devices: usize, duration: Duration) -> Result<(f64, f64)> {
-    let sockets: Vec<_> = (0..devices).map(|device| place.folder.join(format!("{device}.sock"))).collect();
+/// A server with a device at each of `sockets`, all on one worker.
+fn serve(place: &Place, sockets: &[PathBuf]) -> Result<Process> {
     let mut config = "workers = 1\n".to_owned();
-    for socket in &sockets {
+    for socket in sockets {
         config +=
             &format!("[[device]]\nsocket_path = {socket:?}\nstore = \"null\"\nsize = {DISK_SIZE}\nnum_queues = 1\n");
     }
@@ -59,7 +61,13 @@ fn idle_server(place: &Place, devices: usize, duration: Duration) -> Result<(f64
     fs::write(&path, config).context("cannot write a configuration")?;
     let last = sockets.last().context("no device")?;
     let mut command = on(SERVER_CPU, std::process::Command::new(binary()?));
-    let server = start("vfio-user-blk", command.args(["serve", "--config"]).arg(&path), last)?;
+    start("vfio-user-blk", command.args(["serve", "--config"]).arg(&path), last)
+}
+
+/// Bytes resident, and the part of a core, of a server with `devices` devices.
+fn idle_server(place: &Place, devices: usize, duration: Duration) -> Result<(f64, f64)> {
+    let sockets: Vec<_> = (0..devices).map(|device| place.folder.join(format!("{device}.sock"))).collect();
+    let server = serve(place, &sockets)?;
     let options = BlockOptions { queues: 1, bounce_size: 4096, ..BlockOptions::default() };
     let mut disks = Vec::new();
     for socket in &sockets {
@@ -94,47 +102,69 @@ fn cpu_seconds(pid: u32) -> Result<f64> {
     Ok(ticks / sysconf(SysconfVar::CLK_TCK)?.context("no clock tick")? as f64)
 }
 
-/// The time that 99 of 100 requests at depth 1 take at most, in nanoseconds, while the device beside it, on the same
-/// worker, has `neighbours` requests in flight. One thread drives both.
-pub(super) fn beside(place: &Place, neighbours: u16, duration: Duration) -> Result<f64> {
-    let sockets = ["a.sock", "b.sock"].map(|name| place.folder.join(name));
-    let mut config = "workers = 1\n".to_owned();
-    for socket in &sockets {
-        config +=
-            &format!("[[device]]\nsocket_path = {socket:?}\nstore = \"null\"\nsize = {DISK_SIZE}\nnum_queues = 1\n");
+/// Two devices on one worker, and one thread that drives both.
+pub(super) struct Beside {
+    victim: Driver,
+    neighbour: Driver,
+    /// How many requests the neighbour has in flight.
+    neighbours: u16,
+    /// Of the victim's requests, in nanoseconds.
+    latencies: Vec<u64>,
+    disks: [disk::Disk; 2],
+    server: Process,
+}
+
+impl Beside {
+    /// Attaches to both devices of a server at `name`, which is nobody else's.
+    pub(super) fn start(name: &str, place: &Place, neighbours: u16) -> Result<Self> {
+        let sockets = ["a", "b"].map(|device| place.folder.join(format!("{name}-{device}.sock")));
+        let server = serve(place, &sockets)?;
+        let attach = |socket: &Path, depth| -> Result<_> {
+            let load = Load { write: false, depth, completion: Completion::Poll, rings: 0, size: DISK_SIZE };
+            let mut disk = disk::Disk::attach(socket, &options(load), data_size(load))?;
+            let queue = disk.queues.pop().context("a device without a queue")?;
+            Ok((Driver::new(queue, &disk.data, load)?, disk))
+        };
+        let (victim, one) = attach(&sockets[0], 1)?;
+        let (neighbour, other) = attach(&sockets[1], neighbours.clamp(1, MAX_DEPTH))?;
+        Ok(Self { victim, neighbour, neighbours, latencies: Vec::new(), disks: [one, other], server })
     }
-    let path = place.folder.join("devices.toml");
-    fs::write(&path, config).context("cannot write a configuration")?;
-    let mut command = on(SERVER_CPU, std::process::Command::new(binary()?));
-    let _server = start("vfio-user-blk", command.args(["serve", "--config"]).arg(&path), &sockets[1])?;
-    let load = |depth| Load { write: false, depth, completion: Completion::Poll, size: DISK_SIZE };
-    let (alone, flood) = (load(1), load(neighbours.clamp(1, MAX_DEPTH)));
-    on_cpu(DRIVER_CPU, || {
-        let mut one = disk::Disk::attach(&sockets[0], &options(alone), data_size(alone))?;
-        let mut other = disk::Disk::attach(&sockets[1], &options(flood), data_size(flood))?;
-        let queues = one.queues.first_mut().zip(other.queues.first_mut()).context("a device without a queue")?;
-        let mut victim = Driver::new(queues.0, &one.data, alone)?;
-        let mut neighbour = Driver::new(queues.1, &other.data, flood)?;
-        let mut latencies = Vec::new();
+
+    fn run_for(&mut self, duration: Duration) -> Result<()> {
+        self.latencies.clear();
         let end = Instant::now() + duration;
-        while Instant::now() < end {
-            let started = Instant::now();
-            victim.fill()?;
-            while victim.complete()? == 0 {
-                if neighbours > 0 {
-                    neighbour.submit(SLICE)?;
-                    neighbour.take(SLICE)?;
+        let mut started = Instant::now();
+        while started < end {
+            self.victim.fill()?;
+            while self.victim.complete()? == 0 {
+                if self.neighbours > 0 {
+                    self.neighbour.submit(SLICE)?;
+                    self.neighbour.take(SLICE)?;
                 }
             }
-            latencies.push(started.elapsed().as_nanos() as u64);
+            self.latencies.push(started.elapsed().as_nanos() as u64);
+            started = Instant::now();
         }
-        while neighbour.in_flight() > 0 {
-            neighbour.complete()?;
-        }
-        // The first ones find a server that has slept.
-        let warm = latencies.len() / 10;
-        let latencies = latencies.get_mut(warm..).unwrap_or_default();
-        latencies.sort_unstable();
-        latencies.get(latencies.len() * 99 / 100).map(|p99| *p99 as f64).context("no request has completed")
-    })
+        Ok(())
+    }
+}
+
+impl Contender for Beside {
+    /// The time that 99 of 100 requests at depth 1 take at most, in nanoseconds, while the device beside it, on the same
+    /// worker, has its requests in flight.
+    fn turn(&mut self, turn: Turn) -> Result<f64> {
+        self.server.signal(Signal::SIGCONT)?;
+        self.run_for(turn.warm_up)?;
+        self.run_for(turn.length)?;
+        self.neighbour.drain()?;
+        self.server.signal(Signal::SIGSTOP)?;
+        self.latencies.sort_unstable();
+        let p99 = self.latencies.get(self.latencies.len() * 99 / 100);
+        p99.map(|p99| *p99 as f64).context("no request has completed")
+    }
+
+    fn leave(self: Box<Self>) -> Result<()> {
+        self.server.signal(Signal::SIGCONT)?;
+        self.disks.into_iter().try_for_each(disk::Disk::detach)
+    }
 }

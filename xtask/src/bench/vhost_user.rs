@@ -47,9 +47,9 @@ const LIMIT: Duration = Duration::from_secs(10);
 /// Segments of a request: header, data and status.
 const SEGMENTS: u16 = 3;
 
-/// The disk of a vhost-user back end, in use.
+/// The disk of a vhost-user back end, in use until the front end detaches.
 pub(super) struct Disk {
-    front_end: FrontEnd,
+    pub(super) front_end: FrontEnd,
     pub(super) queue: BlockQueue,
     pub(super) data: Buffer,
 }
@@ -83,15 +83,9 @@ impl Disk {
         let queue = BlockQueue::over_eventfds(&memory, ring, kick, Some(call), LIMIT)?;
         Ok(Self { front_end, queue, data })
     }
-
-    /// Stops the queue.
-    pub(super) fn detach(mut self) -> Result<()> {
-        self.front_end.send(GET_VRING_BASE, &Payload::new().u32(0).u32(0), &[], false)?;
-        self.front_end.receive(GET_VRING_BASE).map(drop)
-    }
 }
 
-struct FrontEnd {
+pub(super) struct FrontEnd {
     stream: UnixStream,
     /// Whether the back end answers what is no question.
     reply_ack: bool,
@@ -116,6 +110,12 @@ impl FrontEnd {
         let features = offered & known.iter().fold(0, |bits, bit| bits | 1u64 << bit);
         self.set(SET_FEATURES, &Payload::new().u64(features), &[])?;
         Ok(features)
+    }
+
+    /// Stops the queue.
+    pub(super) fn detach(mut self) -> Result<()> {
+        self.send(GET_VRING_BASE, &Payload::new().u32(0).u32(0), &[], false)?;
+        self.receive(GET_VRING_BASE).map(drop)
     }
 
     fn get(&mut self, request: u32) -> Result<u64> {
