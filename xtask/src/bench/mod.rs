@@ -131,7 +131,13 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
         measured.extend(idle(&place, duration, &progress)?);
     }
     let machine = report::machine(rounds, duration.as_secs_f64())?;
-    let tables = format!("{machine}\n\n{}\n{}", report::ratio_table(&measured), report::value_table(&groups, &results));
+    let tables = [
+        machine + "\n",
+        report::ratio_table(&measured),
+        report::place_table(&results),
+        report::value_table(&groups, &results),
+    ]
+    .join("\n");
     println!("{tables}");
     if options.only.is_empty() {
         let page = report::write(&root.join("docs"), &tables, &results)?;

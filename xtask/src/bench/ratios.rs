@@ -197,6 +197,40 @@ pub(super) fn ratios(results: &Results) -> Vec<Measured> {
         .collect()
 }
 
+/// Where the two processors lay in a turn, by how many nanoseconds a cache line took to the other and back, in words.
+const PLACES: [(&str, std::ops::Range<f64>); 3] =
+    [("less than 50 ns", 0.0..50.0), ("50 to 150 ns", 50.0..150.0), ("150 ns and more", 150.0..f64::INFINITY)];
+
+/// What the turns have in common that had the processors at one place.
+pub(super) struct AtPlace {
+    pub(super) place: &'static str,
+    /// The part of all turns.
+    pub(super) share: f64,
+    /// Nanoseconds of the floor, and of a request; medians.
+    pub(super) floor: f64,
+    pub(super) request: f64,
+    /// The median of their ratios.
+    pub(super) ratio: f64,
+}
+
+/// What `rate` came to beside `floor`, which are measured in turns, by the place of the processors; those that there were.
+pub(super) fn by_place(results: &Results, rate: &str, floor: &str) -> Vec<AtPlace> {
+    let turns = |name: &str| results.get(name).into_iter().flatten().flatten().copied();
+    let all: Vec<_> = turns(floor).zip(turns(rate).map(time)).collect();
+    let at_place = |(place, range): (&'static str, std::ops::Range<f64>)| {
+        let there = || all.iter().filter(|(floor, _)| range.contains(floor));
+        let median_of = |of: fn(&(f64, f64)) -> f64| median(&there().map(of).collect::<Vec<_>>());
+        AtPlace {
+            place,
+            share: there().count() as f64 / all.len() as f64,
+            floor: median_of(|(floor, _)| *floor),
+            request: median_of(|(_, request)| *request),
+            ratio: median_of(|(floor, request)| request / floor),
+        }
+    };
+    PLACES.map(at_place).into_iter().filter(|at| at.share > 0.0).collect()
+}
+
 /// What `of` makes of each turn of a round, as long as all that it names had a turn.
 fn of_turns(results: &Results, round: usize, of: fn(&Values<'_>) -> f64) -> Vec<f64> {
     let value = |name: &str, turn: usize| {

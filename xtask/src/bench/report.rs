@@ -9,7 +9,7 @@ use testbed::{Progress, Tool};
 
 use super::plan::{Group, Results, Unit};
 use super::plot::{self, Row};
-use super::ratios::{Bar, Measured, median};
+use super::ratios::{Bar, Measured, by_place, median};
 
 /// Between these lines the text is ours, all other text of the file its writer's.
 const BEGIN: &str = "<!-- written by cargo xtask bench: begin -->\n";
@@ -110,6 +110,20 @@ pub(super) fn value_table(groups: &[Group], results: &Results) -> String {
             Unit::Nanoseconds => (duration(value), format!("{} to {}", duration(low), duration(high)), String::new()),
         };
         row(&mut text, &[&subject.title, &shown, &spread, &time]);
+    }
+    text
+}
+
+/// The table of requests that move no data, by where the two processors lay.
+pub(super) fn place_table(results: &Results) -> String {
+    let mut text = "| null, always polling | a cache line takes | of the turns | floor | a request | ratio |\n|---|---|---|---|---|---|\n".to_owned();
+    for (title, rate, floor) in
+        [("depth 1", "null-always-1", "null-floor-1"), ("depth 32", "null-always-32", "null-floor-32")]
+    {
+        for at in by_place(results, rate, floor) {
+            let share = format!("{:.0} %", at.share * 100.0);
+            row(&mut text, &[title, at.place, &share, &duration(at.floor), &duration(at.request), &short(at.ratio)]);
+        }
     }
     text
 }
