@@ -2,7 +2,7 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use crate::{Error, GuestMemory, SharedSlice};
+use crate::{Error, GuestMemory, Segment, SharedSlice};
 
 pub(crate) const DESCRIPTOR_SIZE: usize = 16;
 
@@ -31,21 +31,37 @@ impl IndirectTables {
         (2..=self.entries).contains(&count)
     }
 
-    /// Writes one entry of a head's table.
-    pub(crate) fn store(&self, head: u16, entry: usize, words: [u64; 2]) {
-        store_descriptor(&self.descriptors, usize::from(head) * self.entries + entry, words);
-    }
-
-    /// The address and the length of a head's table with `count` entries.
-    pub(crate) fn area(&self, head: u16, count: usize) -> (u64, u32) {
+    /// Writes a head's table of a chain that it [`takes`](Self::takes): what the device reads, then what it writes. `words` makes a
+    /// descriptor of a segment, of whether the device writes it, and of the entry behind it, if there is one. Gives the address
+    /// and the length of the table.
+    #[inline]
+    pub(crate) fn fill(
+        &self,
+        head: u16,
+        readable: &[Segment],
+        writable: &[Segment],
+        words: impl Fn(Segment, bool, Option<u16>) -> [u64; 2],
+    ) -> (u64, u32) {
         let first = usize::from(head) * self.entries;
+        let count = readable.len() + writable.len();
+        let fields = &self.descriptors[2 * first..2 * (first + count)];
+        let (to_read, to_write) = fields.split_at(2 * readable.len());
+        // A table has at most 65535 entries.
+        let mut next = 0;
+        for (fields, segments, write) in [(to_read, readable, false), (to_write, writable, true)] {
+            for (fields, segment) in fields.chunks_exact(2).zip(segments) {
+                next += 1;
+                store_descriptor(fields, words(*segment, write, (usize::from(next) < count).then_some(next)));
+            }
+        }
         (self.iova + (first * DESCRIPTOR_SIZE) as u64, (count * DESCRIPTOR_SIZE) as u32)
     }
 }
 
 /// Writes a descriptor's words, in the order of memory.
-pub(crate) fn store_descriptor(table: &[AtomicU64], index: usize, words: [u64; 2]) {
-    for (field, word) in table[2 * index..].iter().zip(words) {
+#[inline]
+pub(crate) fn store_descriptor(fields: &[AtomicU64], words: [u64; 2]) {
+    for (field, word) in fields.iter().zip(words) {
         // What is there already is not written again: the device keeps its copy of the cache line.
         if field.load(Ordering::Relaxed) != word {
             field.store(word, Ordering::Relaxed);

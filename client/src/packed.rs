@@ -287,15 +287,12 @@ impl PackedDriver {
     pub fn add(&mut self, readable: &[Segment], writable: &[Segment]) -> Option<u16> {
         let count = readable.len() + writable.len();
         let id = self.next_head()?;
-        let chain = readable.iter().zip(std::iter::repeat(0));
-        let chain = chain.chain(writable.iter().zip(std::iter::repeat(WRITE)));
         let len = match &self.indirect {
             Some(tables) if tables.takes(count) => {
-                for (entry, (segment, flags)) in chain.enumerate() {
-                    let Segment { iova: addr, len } = *segment;
-                    tables.store(id, entry, PackedDescriptor { addr, len, id: 0, flags }.to_words());
-                }
-                let (addr, len) = tables.area(id, count);
+                let (addr, len) = tables.fill(id, readable, writable, |Segment { iova: addr, len }, write, _| {
+                    let flags = if write { WRITE } else { 0 };
+                    PackedDescriptor { addr, len, id: 0, flags }.to_words()
+                });
                 self.place(PackedDescriptor { addr, len, id, flags: INDIRECT });
                 1
             }
@@ -303,6 +300,8 @@ impl PackedDriver {
                 if count == 0 || count > usize::from(self.free) {
                     return None;
                 }
+                let chain = readable.iter().zip(std::iter::repeat(0));
+                let chain = chain.chain(writable.iter().zip(std::iter::repeat(WRITE)));
                 for (index, (segment, write)) in chain.enumerate() {
                     let next = if index + 1 == count { 0 } else { NEXT };
                     let Segment { iova: addr, len } = *segment;

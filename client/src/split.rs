@@ -121,7 +121,7 @@ impl SplitMemory {
 
     /// Writes a descriptor.
     pub fn set_descriptor(&self, index: u16, descriptor: Descriptor) {
-        store_descriptor(&self.descriptors, self.slot(index), descriptor.to_words());
+        store_descriptor(&self.descriptors[2 * self.slot(index)..], descriptor.to_words());
     }
 
     /// Reads `avail.flags`.
@@ -234,6 +234,9 @@ pub struct SplitDriver {
     /// For each descriptor of a chain, the one behind it.
     next: Vec<u16>,
     in_flight: InFlight,
+    /// By entry of the available ring, the heads that are not published yet. They are written there all at once: a device that looks
+    /// at `avail.idx` would take their cache line away from between one and the next.
+    heads: Vec<u16>,
     /// Where the next chain goes in the available ring.
     avail_idx: u16,
     /// `avail_idx` of the last `publish`.
@@ -307,6 +310,7 @@ impl SplitDriver {
             indirect: IndirectTables::new(memory, indirect_entries, count)?,
             free: Free::all(size, false),
             next: vec![0; count],
+            heads: vec![0; count],
             in_flight: InFlight::new(size),
             avail_idx: 0,
             published_idx: 0,
@@ -352,20 +356,14 @@ impl SplitDriver {
     /// (section 2.7.4.2). `None` when it is empty or too few descriptors are free.
     pub fn add(&mut self, readable: &[Segment], writable: &[Segment]) -> Option<u16> {
         let count = readable.len() + writable.len();
-        let chain = readable.iter().zip(std::iter::repeat(0));
-        let chain = chain.chain(writable.iter().zip(std::iter::repeat(WRITE)));
         let head = self.next_head()?;
         let chain_len = match &self.indirect {
             Some(tables) if tables.takes(count) => {
                 self.free.pop();
-                for (index, (segment, write)) in chain.enumerate() {
-                    let last = index + 1 == count;
-                    // A table has at most 65535 entries: so many fit `indirect_entries`.
-                    let (flags, next) = if last { (write, 0) } else { (write | NEXT, index as u16 + 1) };
-                    let Segment { iova: addr, len } = *segment;
-                    tables.store(head, index, Descriptor { addr, len, flags, next }.to_words());
-                }
-                let (addr, len) = tables.area(head, count);
+                let (addr, len) = tables.fill(head, readable, writable, |Segment { iova: addr, len }, write, next| {
+                    let flags = if write { WRITE } else { 0 } | if next.is_some() { NEXT } else { 0 };
+                    Descriptor { addr, len, flags, next: next.unwrap_or(0) }.to_words()
+                });
                 self.memory.set_descriptor(head, Descriptor { addr, len, flags: INDIRECT, next: 0 });
                 1
             }
@@ -373,6 +371,8 @@ impl SplitDriver {
                 if count == 0 || count > self.free.count() {
                     return None;
                 }
+                let chain = readable.iter().zip(std::iter::repeat(0));
+                let chain = chain.chain(writable.iter().zip(std::iter::repeat(WRITE)));
                 for (index, (segment, write)) in chain.enumerate() {
                     let Some(this) = self.free.pop() else { break };
                     let last = index + 1 == count;
@@ -387,7 +387,8 @@ impl SplitDriver {
             }
         };
         self.in_flight.add(head, chain_len, writable);
-        self.memory.set_avail_entry(self.avail_idx, head);
+        let slot = self.memory.slot(self.avail_idx);
+        self.heads[slot] = head;
         self.avail_idx = self.avail_idx.wrapping_add(1);
         Some(head)
     }
@@ -401,6 +402,11 @@ impl SplitDriver {
             return false;
         }
         self.published_idx = new;
+        let mut idx = old;
+        while idx != new {
+            self.memory.set_avail_entry(idx, self.heads[self.memory.slot(idx)]);
+            idx = idx.wrapping_add(1);
+        }
         self.memory.set_avail_idx(new);
         // ORDERING: our store of avail.idx before our load of avail_event or used.flags. The device
         // stores those, then looks at avail.idx again before it sleeps. Without full barriers on both

@@ -227,12 +227,21 @@ impl BlockQueue {
         self.headers[slot / 8 + 1].store(request.sector.to_le(), Ordering::Relaxed);
         self.slots[slot + STATUS_OFFSET].store(NO_STATUS, Ordering::Relaxed);
 
-        self.chain.clear();
-        self.chain.push(Segment { iova, len: HEADER_LEN });
-        self.chain.extend_from_slice(request.data);
-        self.chain.push(Segment { iova: iova + STATUS_OFFSET as u64, len: 1 });
+        let header = Segment { iova, len: HEADER_LEN };
+        let status = Segment { iova: iova + STATUS_OFFSET as u64, len: 1 };
+        let one_piece;
+        let chain: &[Segment] = if let [data] = request.data {
+            one_piece = [header, *data, status];
+            &one_piece
+        } else {
+            self.chain.clear();
+            self.chain.push(header);
+            self.chain.extend_from_slice(request.data);
+            self.chain.push(status);
+            &self.chain
+        };
         let readable = if request.kind.device_writes() { 1 } else { 1 + request.data.len() };
-        let (readable, writable) = self.chain.split_at(readable);
+        let (readable, writable) = chain.split_at(readable);
         self.ring.add(readable, writable).map(Tag).ok_or(Error::QueueFull)
     }
 

@@ -17,6 +17,9 @@ const SECTORS: u64 = BLOCK as u64 / 512;
 pub(super) const MAX_DEPTH: u16 = 256;
 /// How long a request may take before the server counts as hung.
 const LIMIT: Duration = Duration::from_secs(30);
+/// The most completions that are taken, and replaced by as many requests, before the device is shown those: while it works on them, the
+/// next are taken. Who took and replaced all at once would have the device wait meanwhile, and then wait for the device.
+const GROUP: u16 = 8;
 /// Rounds between two looks at the clock.
 const ROUNDS: u32 = 64;
 
@@ -106,7 +109,7 @@ impl Driver {
             for _ in 0..ROUNDS {
                 self.fill()?;
                 self.wait()?;
-                done += u64::from(self.complete()?);
+                done += u64::from(self.take(GROUP)?);
             }
         }
         Ok(done)
