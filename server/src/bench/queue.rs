@@ -15,6 +15,9 @@ use vfio_user_blk::config::{BenchArgs, CompletionMode, Workload};
 use super::pattern::{Random, Region, fill};
 use super::report::histogram;
 
+/// The most completions that are taken before as many requests are put in their place: the device works on those while the next
+/// are taken, and need not wait for all.
+const GROUP: u64 = 8;
 /// How long a request may take before the server counts as hung.
 const TIMEOUT: Duration = Duration::from_secs(60);
 /// Polls without a completion between two looks at the clock.
@@ -245,11 +248,12 @@ impl QueueBench {
         Ok(())
     }
 
-    /// Takes all that has completed.
+    /// Takes what has completed.
     fn complete(&mut self) -> Result<()> {
         let now = self.clock.raw();
         let mut done = 0;
-        while let Some(completion) = self.queue.poll()? {
+        while done < GROUP {
+            let Some(completion) = self.queue.poll()? else { break };
             let Some(running) = self.running[completion.tag.index()].take() else {
                 bail!("the server completed a request that is not in flight");
             };
