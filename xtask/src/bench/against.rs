@@ -25,11 +25,7 @@ pub(super) fn compare(other: &Path, folder: &Path, progress: &Progress) -> Resul
     use Store::{File, Memory, Null};
     let sockets = tempfile::tempdir().context("cannot make a temporary folder")?;
     let files = [test_file(folder, FILE_SIZE, progress)?, test_file(folder, FILE_SIZE, progress)?];
-    let places = files.each_ref().map(|file| Place {
-        folder: sockets.path().to_owned(),
-        file: file.path().to_owned(),
-        file_size: FILE_SIZE,
-    });
+    let places = files.each_ref().map(|file| Place { folder: sockets.path().to_owned(), file: file.path().to_owned() });
     let programs = [&binary()?, other];
     let rows = [
         (Null, false, 1),

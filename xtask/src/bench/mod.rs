@@ -108,14 +108,14 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
 
     let duration = Duration::from_millis(if options.quick { 400 } else { 2000 });
     let sockets = tempfile::tempdir().context("cannot make a temporary folder")?;
-    let file_size = if options.quick { 256 << 20 } else { 2 << 30 };
-    let file = test_file(&folder, file_size, &progress)?;
-    let place = Place { folder: sockets.path().to_owned(), file: file.path().to_owned(), file_size };
-
     let chosen = |name: &str| is_chosen(name, &options.only);
-    let mut groups = plan::groups(&place);
+    let file_size = if options.quick { 256 << 20 } else { 2 << 30 };
+    let mut groups = plan::groups(file_size);
     groups.iter_mut().for_each(|group| group.subjects.retain(|subject| chosen(subject.name)));
     groups.retain(|group| !group.subjects.is_empty());
+    let of_file = groups.iter().flat_map(|group| &group.subjects).any(plan::Subject::is_of_file);
+    let file = test_file(&folder, if of_file { file_size } else { 0 }, &progress)?;
+    let place = Place { folder: sockets.path().to_owned(), file: file.path().to_owned() };
     let rounds = usize::from(options.rounds);
     let results = plan::measure(&groups, &place, rounds, duration, &progress)?;
     let mut measured = ratios::ratios(&results);

@@ -85,6 +85,15 @@ impl Subject {
         Self { name, title, unit, measure }
     }
 
+    /// Whether it needs the file that is served.
+    pub(super) fn is_of_file(&self) -> bool {
+        match self.measure {
+            Measure::Fio(_) => true,
+            Measure::Ours(store, ..) | Measure::QemuStorageDaemon(store, _) => store == Store::File,
+            _ => false,
+        }
+    }
+
     /// Has it ready for its turns, on the driver's thread.
     fn start<'a>(&self, place: &'a Place, memory: &'a Memory) -> Result<Box<dyn Contender + 'a>> {
         let name = self.name;
@@ -110,12 +119,17 @@ pub(super) struct Group {
     in_turns: bool,
 }
 
-/// All that is measured.
-pub(super) fn groups(place: &Place) -> Vec<Group> {
+/// All that is measured, some of it on a file of so many bytes.
+pub(super) fn groups(file_size: u64) -> Vec<Group> {
     use Measure::{Beside, CacheLine, Copy, EventFd, Fio, FioNbd, Ours, QemuStorageDaemon};
     use Store::{File, Memory, Nbd, Null};
-    let load =
-        |store, depth| Load { write: false, depth, completion: Completion::Poll, rings: 0, size: place.size(store) };
+    let load = |store: Store, depth| Load {
+        write: false,
+        depth,
+        completion: Completion::Poll,
+        rings: 0,
+        size: store.size(file_size),
+    };
     let event = |depth| Load { completion: Completion::Event, ..load(Null, depth) };
     let packed = |depth| Load { rings: BlockOptions::PACKED, ..load(Null, depth) };
     let in_order = |depth| Load { rings: BlockOptions::IN_ORDER, ..load(Null, depth) };

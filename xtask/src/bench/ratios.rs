@@ -245,13 +245,11 @@ mod tests {
     use std::cell::RefCell;
 
     use super::super::plan::groups;
-    use super::super::servers::Place;
     use super::*;
 
     #[test]
     fn each_ratio_is_made_of_one_group() {
-        let place = Place { folder: "/".into(), file: "/file".into(), file_size: 1 << 30 };
-        let groups = groups(&place);
+        let groups = groups(1 << 30);
         let group_of =
             |name: &str| groups.iter().position(|group| group.subjects.iter().any(|subject| subject.name == name));
         for ratio in RATIOS {

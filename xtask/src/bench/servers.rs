@@ -33,22 +33,23 @@ pub(super) enum Store {
     Nbd,
 }
 
+impl Store {
+    /// Bytes of a disk, where a file has so many.
+    pub(super) fn size(self, of_file: u64) -> u64 {
+        if self == Self::File { of_file } else { DISK_SIZE }
+    }
+}
+
 /// The folder of sockets and the file that all servers of a file serve.
 pub(super) struct Place {
     pub(super) folder: PathBuf,
     pub(super) file: PathBuf,
-    /// Bytes of the file.
-    pub(super) file_size: u64,
 }
 
 impl Place {
     /// The socket of the NBD server.
     fn nbd(&self) -> PathBuf {
         self.folder.join("nbd.sock")
-    }
-
-    pub(super) fn size(&self, store: Store) -> u64 {
-        if store == Store::File { self.file_size } else { DISK_SIZE }
     }
 }
 
