@@ -94,6 +94,7 @@ impl InFlight {
     ///
     /// # Errors
     /// [`Error::Device`] when it does not have it.
+    #[inline]
     pub(crate) fn take(&mut self, id: u32, written: u32) -> Result<(Used, u16), Error> {
         let head = u16::try_from(id)
             .ok()

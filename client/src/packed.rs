@@ -284,6 +284,7 @@ impl PackedDriver {
 
     /// Adds a chain and gives its buffer ID: first what the device reads, then what it writes
     /// (section 2.8.17). `None` when it is empty or too few descriptors are free.
+    #[inline]
     pub fn add(&mut self, readable: &[Segment], writable: &[Segment]) -> Option<u16> {
         let count = readable.len() + writable.len();
         let id = self.next_head()?;
@@ -333,6 +334,7 @@ impl PackedDriver {
     /// Makes the chains added since the last call visible to the device, and says whether the device
     /// wants to be notified of them (section 2.8.19).
     #[must_use = "a device that is not notified may sleep for ever"]
+    #[inline]
     pub fn publish(&mut self) -> bool {
         let Some((first, rest)) = self.unpublished.take() else { return false };
         self.memory.set_rest(first.index, rest, Ordering::Release);
@@ -356,6 +358,7 @@ impl PackedDriver {
     /// # Errors
     /// [`Error::Device`] when the device gives back what it does not have; the queue is then of no
     /// further use.
+    #[inline]
     pub fn take(&mut self) -> Result<Option<Used>, Error> {
         let (used, len) = match self.in_flight.next_of_batch() {
             Some(next) => next,

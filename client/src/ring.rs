@@ -58,17 +58,20 @@ impl Ring {
     }
 
     /// As [`SplitDriver::next_head`].
+    #[inline]
     pub fn next_head(&self) -> Option<u16> {
         either!(self, driver => driver.next_head())
     }
 
     /// As [`SplitDriver::add`].
+    #[inline]
     pub fn add(&mut self, readable: &[Segment], writable: &[Segment]) -> Option<u16> {
         either!(self, driver => driver.add(readable, writable))
     }
 
     /// As [`SplitDriver::publish`].
     #[must_use = "a device that is not notified may sleep for ever"]
+    #[inline]
     pub fn publish(&mut self) -> bool {
         either!(self, driver => driver.publish())
     }
@@ -77,11 +80,13 @@ impl Ring {
     ///
     /// # Errors
     /// As there.
+    #[inline]
     pub fn take(&mut self) -> Result<Option<Used>, Error> {
         either!(self, driver => driver.take())
     }
 
     /// As [`SplitDriver::has_used`].
+    #[inline]
     pub fn has_used(&self) -> bool {
         either!(self, driver => driver.has_used())
     }

@@ -354,6 +354,7 @@ impl SplitDriver {
 
     /// Adds a chain and gives its head: first what the device reads, then what it writes
     /// (section 2.7.4.2). `None` when it is empty or too few descriptors are free.
+    #[inline]
     pub fn add(&mut self, readable: &[Segment], writable: &[Segment]) -> Option<u16> {
         let count = readable.len() + writable.len();
         let head = self.next_head()?;
@@ -396,6 +397,7 @@ impl SplitDriver {
     /// Makes the chains added since the last call visible to the device, and says whether the device
     /// wants to be notified of them (sections 2.7.13 and 2.7.10).
     #[must_use = "a device that is not notified may sleep for ever"]
+    #[inline]
     pub fn publish(&mut self) -> bool {
         let (old, new) = (self.published_idx, self.avail_idx);
         if old == new {
@@ -424,6 +426,7 @@ impl SplitDriver {
     /// # Errors
     /// [`Error::Device`] when the device gives back what it does not have; the queue is then of no
     /// further use.
+    #[inline]
     pub fn take(&mut self) -> Result<Option<Used>, Error> {
         let (used, chain_len) = match self.in_flight.next_of_batch() {
             Some(next) => next,

@@ -217,6 +217,7 @@ impl BlockQueue {
     ///
     /// # Errors
     /// [`Error::QueueFull`] until others complete.
+    #[inline]
     pub fn submit(&mut self, request: &BlockRequest<'_>) -> Result<Tag, Error> {
         let head = self.ring.next_head().ok_or(Error::QueueFull)?;
         let slot = usize::from(head) * SLOT_SIZE;
@@ -249,6 +250,7 @@ impl BlockQueue {
     ///
     /// # Errors
     /// As [`Doorbell::ring`].
+    #[inline]
     pub fn publish(&mut self) -> Result<(), Error> {
         if self.ring.publish() {
             self.kicks += 1;
@@ -261,6 +263,7 @@ impl BlockQueue {
     ///
     /// # Errors
     /// [`Error::Device`] when the device breaks the ring.
+    #[inline]
     pub fn poll(&mut self) -> Result<Option<Completion>, Error> {
         let Some(used) = self.ring.take()? else { return Ok(None) };
         let slot = usize::from(used.head) * SLOT_SIZE;
