@@ -4,14 +4,14 @@ use std::fs::{File, OpenOptions};
 use std::io::{self, IoSlice, IoSliceMut};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::{fmt, fs};
 
 use imago::io_buffers::{IoVector, IoVectorMut};
 use imago::storage::PreallocateMode;
 use imago::storage::drivers::CommonStorageHelper;
-use imago::{Storage, StorageOpenOptions};
+use imago::{Storage, StorageExt, StorageOpenOptions};
 use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, fallocate};
 use nix::sys::uio::{preadv, pwritev};
@@ -41,8 +41,13 @@ struct Opened {
     size: AtomicU64,
     resizable: bool,
     order: CommonStorageHelper,
+    /// The first bytes, while they are [held back](LayerFile::hold_back): `HELD` at most.
+    held: Mutex<Option<Vec<u8>>>,
     _lock: Option<FileLock>,
 }
+
+/// How many bytes are held back at most.
+const HELD: usize = MAX_ALIGNMENT;
 
 impl LayerFile {
     /// Opens a file that exists, and locks it.
@@ -109,6 +114,7 @@ impl LayerFile {
             size: AtomicU64::new(size),
             resizable: !device,
             order: CommonStorageHelper::default(),
+            held: Mutex::new(None),
             file,
             _lock: lock,
         })))
@@ -131,6 +137,36 @@ impl LayerFile {
     /// Bytes of the blocks that it is read and written in.
     pub(super) fn block_size(&self) -> usize {
         self.0.offset_alignment
+    }
+
+    /// Holds the first `len` bytes back, and the rest of their block: until they are [let go](Self::let_go), they are written
+    /// and read in memory, and the file keeps what it has.
+    ///
+    /// # Errors
+    /// If they cannot be read.
+    pub(super) fn hold_back(&self, len: usize) -> io::Result<()> {
+        let mut bytes = vec![0; len.next_multiple_of(self.block_size()).min(HELD)];
+        self.read(&mut bytes[..], 0)?;
+        *self.held() = Some(bytes);
+        Ok(())
+    }
+
+    /// Holds nothing back any more; what would be in the file by now if it had not been held back, and is not.
+    pub(super) fn let_go(&self) -> Vec<u8> {
+        self.held().take().unwrap_or_default()
+    }
+
+    fn held(&self) -> MutexGuard<'_, Option<Vec<u8>>> {
+        self.0.held.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Calls `with` with what is held back from `at` on, if anything is.
+    fn of_held(&self, at: u64, with: impl FnOnce(&mut [u8])) {
+        // Most of a file is not.
+        let Some(at) = usize::try_from(at).ok().filter(|at| *at < HELD) else { return };
+        if let Some(held) = self.held().as_mut().and_then(|held| held.get_mut(at..)).filter(|held| !held.is_empty()) {
+            with(held);
+        }
     }
 
     fn fallocate(&self, how: FallocateFlags, offset: u64, len: u64) -> io::Result<()> {
@@ -198,6 +234,14 @@ impl Storage for LayerFile {
     }
 
     unsafe fn pure_readv(&self, mut buffers: IoVectorMut<'_>, mut at: u64) -> io::Result<()> {
+        self.of_held(at, |held| {
+            let (mut first, rest) = std::mem::take(&mut buffers).split_at(held.len() as u64);
+            let len = usize::try_from(first.len()).map_or(held.len(), |len| len.min(held.len()));
+            if let Some(held) = held.get(..len) {
+                first.copy_from_slice(held);
+            }
+            (buffers, at) = (rest, at.saturating_add(len as u64));
+        });
         while !buffers.is_empty() {
             let place = offset(at)?;
             let mut slices: Vec<IoSliceMut<'_>> = buffers.into_inner();
@@ -217,6 +261,14 @@ impl Storage for LayerFile {
     }
 
     unsafe fn pure_writev(&self, mut buffers: IoVector<'_>, mut at: u64) -> io::Result<()> {
+        self.of_held(at, |held| {
+            let (first, rest) = std::mem::take(&mut buffers).split_at(held.len() as u64);
+            let len = usize::try_from(first.len()).map_or(held.len(), |len| len.min(held.len()));
+            if let Some(held) = held.get_mut(..len) {
+                first.copy_into_slice(held);
+            }
+            (buffers, at) = (rest, at.saturating_add(len as u64));
+        });
         while !buffers.is_empty() {
             let place = offset(at)?;
             let slices: Vec<IoSlice<'_>> = buffers.into_inner();

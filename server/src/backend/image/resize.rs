@@ -4,8 +4,8 @@
 //! large and empty.
 //!
 //! imago makes an image larger by writing its header twice, with the place of a larger L1 table and with the size, and waits for
-//! nothing in between. Here the header stays in the file as it was until all that it is going to speak of is on stable storage:
-//! wherever it is cut off, the image has the size that it had, and all its blocks, or the new size, and zeroes in what is new.
+//! nothing in between. Here the header is held back meanwhile, and the file has the old one until all that the new one is going to
+//! speak of is on stable storage: wherever it is cut off, the image has the size that it had, and all its blocks, or the new size, and zeroes in what is new.
 //!
 //! What is new need not be zero by itself. The backing file may be longer than the image was; the last cluster may hold bytes
 //! behind the old end, and so may others, since whoever makes an image smaller need not forget what he cuts off.
@@ -34,6 +34,12 @@ impl Fields {
         let mut bytes = [0; LEN_V2];
         file.read(&mut bytes[..], 0)?;
         Ok(Self(bytes))
+    }
+
+    /// Of what [`LayerFile::let_go`] returned.
+    fn of(held: &[u8]) -> io::Result<Self> {
+        let bytes = held.first_chunk().ok_or(io::ErrorKind::UnexpectedEof)?;
+        Ok(Self(*bytes))
     }
 
     fn write(&self, file: &LayerFile) -> io::Result<()> {
@@ -80,10 +86,20 @@ fn grow(image: &mut Image, file: &LayerFile, now: u64, wanted: u64) -> io::Resul
     // What it speaks of may be in memory only.
     image.flush()?;
     let before = Fields::read(file)?;
-    image.resize_grow(wanted, PreallocateMode::None)?;
-    let after = Fields::read(file)?;
-    before.write(file)?;
-    image.flush()?;
+    file.hold_back(LEN_V2)?;
+    let resized = image.resize_grow(wanted, PreallocateMode::None).and_then(|()| image.flush());
+    let mut held = file.let_go();
+    if resized.is_err() {
+        // As the image takes it to be; it is made smaller again.
+        file.write(&held[..], 0)?;
+        return resized;
+    }
+    let after = Fields::of(&held)?;
+    if let Some(fields) = held.first_chunk_mut() {
+        *fields = before.0;
+    }
+    // The rest of their block, which may be more than the header.
+    file.write(&held[..], 0)?;
     file.sync()?;
     // Clusters of the old table may be used again from here on.
     after.of_size(now).write(file)?;

@@ -5,8 +5,10 @@ use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
+use imago::StorageExt;
 use proptest::prelude::*;
 
+use super::layer_file::LayerFile;
 use super::testing::{open_entrance, qcow2};
 use super::*;
 use crate::backend::contract::Rig;
@@ -74,6 +76,62 @@ fn an_image_is_closed_and_opened_again() {
         assert!(matches!(other.reason, ImageFailure::File(OpenFailure::SizeDiffers { .. })), "{other}");
         assert_eq!(number(&path, 72), 0, "it was not opened");
     }
+}
+
+/// Whoever opens it at any moment finds the old size, or the new one with all that it needs.
+#[test]
+fn the_size_in_the_file_changes_once_for_all() {
+    let (_dir, path) = image();
+    let store = open(&options(&path)).unwrap();
+    let over = AtomicBool::new(false);
+    let sizes = std::thread::scope(|scope| {
+        let watcher = scope.spawn(|| {
+            let file = File::open(&path).unwrap();
+            let mut sizes = vec![MIB];
+            while !over.load(Ordering::Relaxed) {
+                let mut bytes = [0; 8];
+                file.read_exact_at(&mut bytes, 24).unwrap();
+                let size = u64::from_be_bytes(bytes);
+                if sizes.last() != Some(&size) {
+                    sizes.push(size);
+                }
+            }
+            sizes
+        });
+        for times in 2..40 {
+            assert_eq!(store.resize(Some(times * MIB)).unwrap(), times * MIB);
+        }
+        over.store(true, Ordering::Relaxed);
+        watcher.join().unwrap()
+    });
+    assert!(sizes.is_sorted(), "{sizes:?}");
+    drop(store);
+    assert_eq!(open(&options(&path)).unwrap().info().capacity, 39 * MIB);
+}
+
+#[test]
+fn what_is_held_back_is_read_and_not_in_the_file() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("file");
+    fs::write(&path, [1; 200]).unwrap();
+    let file = LayerFile::open(&path, Access::Exclusive, false).unwrap();
+    file.hold_back(72).unwrap();
+    file.write(&[2; 10][..], 60).unwrap();
+    file.write(&[3; 20][..], 70).unwrap();
+    let in_file = |from: usize, to: usize| fs::read(&path).unwrap()[from..to].to_vec();
+    assert_eq!(in_file(0, 72), [1; 72]);
+    assert_eq!(in_file(72, 90), [3; 18], "behind it");
+    let mut all = [0; 200];
+    file.read(&mut all[..], 0).unwrap();
+    let new = [vec![1; 60], vec![2; 10], vec![3; 20], vec![1; 110]].concat();
+    assert_eq!(all[..], new);
+    let mut some = [0; 4];
+    file.read(&mut some[..], 69).unwrap();
+    assert_eq!(some, [2, 3, 3, 3]);
+    assert_eq!(file.let_go(), new[..72]);
+    assert_eq!(in_file(0, 72), [1; 72]);
+    file.read(&mut some[..], 69).unwrap();
+    assert_eq!(some, [1, 1, 1, 3], "as the file has it");
 }
 
 #[test]
