@@ -112,10 +112,13 @@ impl Subject {
     }
 }
 
+/// How often what has no short turns is there in a round.
+const PASSES: u32 = 4;
+
 /// What is compared with each other.
 pub(super) struct Group {
     pub(super) subjects: Vec<Subject>,
-    /// Whether they are all there at once and have short turns; otherwise one is measured after the other.
+    /// Whether they are all there at once and have short turns; otherwise there is one after the other, and then back again.
     in_turns: bool,
 }
 
@@ -216,13 +219,19 @@ impl Group {
                 contenders.into_iter().try_for_each(Contender::leave)?;
                 return Ok(values);
             }
-            let alone = |subject| {
-                let mut contender = start(subject)?;
-                let value = contender.turn(Turn::whole(duration))?;
-                contender.leave()?;
-                Ok(vec![value])
-            };
-            self.subjects.iter().map(alone).collect()
+            let mut values = vec![Vec::new(); self.subjects.len()];
+            for pass in 0..PASSES {
+                let mut order: Vec<_> = self.subjects.iter().zip(&mut values).collect();
+                if pass % 2 == 1 {
+                    order.reverse();
+                }
+                for (subject, values) in order {
+                    let mut contender = start(subject)?;
+                    values.push(contender.turn(Turn::whole(duration / PASSES))?);
+                    contender.leave()?;
+                }
+            }
+            Ok(values)
         })
     }
 }
