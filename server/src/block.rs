@@ -1,5 +1,8 @@
 //! The block device's queues: where virtio's requests meet a store's operations.
 
+mod outcome;
+mod service;
+
 use std::collections::VecDeque;
 use std::error::Error;
 use std::sync::Arc;
@@ -7,117 +10,24 @@ use std::{io, mem};
 
 use pci::Interrupt;
 use virtio::block::{Limits, Operation, Request, SECTOR, SharedConfig, Status, parse};
-use virtio::memory::{GuestMemory, MappedPackedRing, MappedQueue, MappedRing, PinnedBuffers, RingMapError};
-use virtio::queue::{Armed, Head, PackedQueue, Signal, SplitQueue, Virtqueue, Written};
+use virtio::memory::{GuestMemory, MappedQueue, PinnedBuffers, RingMapError};
+use virtio::queue::{Armed, Head, Signal, Virtqueue, Written};
 
-use crate::backend::fabric::Fabric;
+use outcome::{end, failure, kind, success};
+pub(crate) use service::BlockService;
+
 use crate::backend::hold::PutOff;
-use crate::backend::{Backend, Completion, Full, Io, Op, Origin, limits};
-use crate::device::{QueueParts, QueuePlace, QueueService, StartError};
-use crate::metrics::{DeviceMetrics, Kind, Meter};
+use crate::backend::{Backend, Completion, Full, Io, Op, Origin};
+use crate::device::QueuePlace;
+use crate::metrics::Meter;
 use crate::session::Events;
-use crate::store::Layers;
-use crate::worker::{Left, QueueTask, Round, Share, TaskBuilder};
+use crate::worker::{Left, QueueTask, Round, Share};
 
 /// Requests that are taken off the ring together, before the first of them is looked into: while one is worked on, the
 /// memory of the next is on its way.
 const BATCH: usize = 8;
 /// Requests of one round where other queues wait for theirs.
 const SHARED_ROUND: usize = 4;
-
-/// Makes the tasks of one device's queues.
-pub(crate) struct BlockService {
-    store: Layers,
-    config: Arc<SharedConfig>,
-    metrics: Arc<DeviceMetrics>,
-}
-
-impl BlockService {
-    pub(crate) fn new(store: Layers, config: Arc<SharedConfig>, metrics: Arc<DeviceMetrics>) -> Self {
-        Self { store, config, metrics }
-    }
-}
-
-impl QueueService for BlockService {
-    fn task(&self, parts: QueueParts) -> Result<TaskBuilder, StartError> {
-        if parts.place.packed {
-            self.task_over::<PackedQueue<MappedPackedRing>>(parts)
-        } else {
-            self.task_over::<SplitQueue<MappedRing>>(parts)
-        }
-    }
-
-    fn flush(&self) -> io::Result<()> {
-        self.store.outermost().flush()
-    }
-
-    fn capacity(&self) -> u64 {
-        self.config.limits().capacity * SECTOR
-    }
-
-    fn resize(&self, capacity: Option<u64>) -> io::Result<u64> {
-        let capacity = self.store.outermost().resize(capacity)?;
-        self.config.set_capacity(capacity / SECTOR);
-        Ok(capacity)
-    }
-
-    fn set_limits(&mut self, limits: Option<limits::Limits>) {
-        self.store.set_limits(limits);
-    }
-
-    fn set_fabric(&mut self, fabric: Option<Fabric>) {
-        self.store.set_fabric(fabric);
-    }
-}
-
-impl BlockService {
-    /// The task that serves a queue of this format: code of its own for each, so that no request asks which it is.
-    fn task_over<Q>(&self, parts: QueueParts) -> Result<TaskBuilder, StartError>
-    where
-        Q: Virtqueue<Memory: MappedQueue, Parked: Send> + Send + 'static,
-    {
-        let QueueParts { index, place, features, left, mut memory, interrupt, events } = parts;
-        let ring = Q::Memory::map(&mut memory, place.addresses, place.size)?;
-        let Left { state, unfinished } = left.unwrap_or(Q::START.into());
-        let unfinished = unfinished.and_then(|unfinished| unfinished.downcast::<Unfinished<Q::Parked>>().ok());
-        let (queue, requests) = match unfinished {
-            Some(unfinished) => unfinished.go_on::<Q>(ring),
-            None => (Q::new(ring, features, state), Vec::new()),
-        };
-        let (store, config) = (Arc::clone(self.store.outermost()), Arc::clone(&self.config));
-        let metrics = self.metrics.queue(index);
-        Ok(Box::new(move |ring| {
-            let backend = store.attach(ring, index)?;
-            let mut made = 0;
-            let batch = (0..BATCH).map(|_| another(&mut made)).collect();
-            let mut queue = BlockQueue {
-                index,
-                place,
-                queue: Ring::Mapped(queue),
-                in_order: features.in_order,
-                memory,
-                batch,
-                limits: config.limits(),
-                config,
-                backend,
-                in_flight: 0,
-                stalled: VecDeque::new(),
-                completions: Vec::new(),
-                spare: Vec::new(),
-                made,
-                interrupt,
-                events,
-                accepting: true,
-                resting: false,
-                put_off: Vec::new(),
-                warned_blank: false,
-                meter: Meter::new(metrics),
-            };
-            requests.into_iter().for_each(|put_off| queue.take_up(put_off.io));
-            Ok(Box::new(queue))
-        }))
-    }
-}
 
 /// A queue's memory, which the client may take away and give back while the queue runs: firmware remaps pieces of
 /// its RAM under a live disk.
@@ -443,43 +353,6 @@ fn another(made: &mut u16) -> Box<Io> {
     let token = *made;
     *made = token.wrapping_add(1);
     Box::new(Io::new(token, Op::Flush, PinnedBuffers::default()))
-}
-
-/// Where an operation ends in the store.
-fn end(io: &Io) -> u64 {
-    match io.op {
-        Op::Read { offset } | Op::Write { offset, .. } => offset.saturating_add(io.buffers.len()),
-        Op::Discard { offset, len } | Op::WriteZeroes { offset, len, .. } => offset.saturating_add(len),
-        Op::Flush => 0,
-    }
-}
-
-/// What an operation counts as.
-#[inline(always)]
-fn kind(op: Op) -> Kind {
-    match op {
-        Op::Read { .. } => Kind::Read,
-        Op::Write { .. } => Kind::Write,
-        Op::Flush => Kind::Flush,
-        Op::Discard { .. } => Kind::Discard,
-        Op::WriteZeroes { .. } => Kind::WriteZeroes,
-    }
-}
-
-/// What a driver is told of a request that has been done: a read fills its buffers up to and with the status, others write
-/// the status, and nothing of what else they might be allowed to.
-#[inline(always)]
-fn success(io: &Io, written: u32) -> Written {
-    let all = matches!(io.op, Op::Read { .. }) || !io.buffers.has_writable_data();
-    if all { Written::All(written) } else { Written::First(written) }
-}
-
-/// What a driver is told of a request that has failed, and how many bytes of it have been written for sure: those of a
-/// read, which come before the status, have not.
-#[cold]
-fn failure(error: &io::Error, io: &Io, written: u32) -> (Status, Written) {
-    let status = if error.kind() == io::ErrorKind::Unsupported { Status::Unsupp } else { Status::IoErr };
-    (status, if matches!(io.op, Op::Read { .. }) { Written::First(0) } else { success(io, written) })
 }
 
 impl<Q: Virtqueue<Memory: MappedQueue, Parked: Send + 'static>> QueueTask for BlockQueue<Q> {
