@@ -97,11 +97,23 @@ impl FileLock {
 }
 
 impl FileLock {
-    /// Has a file that was locked to be read, to be changed; `false` if someone else reads it, and then all is as before.
+    /// Has a file that was locked to be read, to be changed; `false` if someone else reads it, and still does after a while, and then
+    /// all is as before.
     ///
     /// # Errors
     /// The system's.
     pub(super) fn upgrade(&self) -> io::Result<bool> {
+        let deadline = Instant::now() + PATIENCE;
+        while !self.try_upgrade()? {
+            if Instant::now() >= deadline {
+                return Ok(false);
+            }
+            thread::sleep(PAUSE);
+        }
+        Ok(true)
+    }
+
+    fn try_upgrade(&self) -> io::Result<bool> {
         match self.0.relock(FlockArg::LockExclusiveNonblock) {
             Ok(()) if lock_bytes(&self.0, Access::Exclusive)? => return Ok(true),
             Ok(()) | Err(Errno::EWOULDBLOCK) => {}
@@ -193,7 +205,16 @@ mod tests {
         let other = take(&file, Access::Shared).unwrap().unwrap();
         assert!(!mine.upgrade().unwrap(), "another reads it");
         assert!(take(&file, Access::Shared).is_ok() && take(&file, Access::Exclusive).is_err(), "as before");
-        drop(other);
+        // As a server does that was killed.
+        let upgraded = thread::scope(|scope| {
+            scope.spawn(move || {
+                thread::sleep(3 * PAUSE);
+                drop(other);
+            });
+            mine.upgrade().unwrap()
+        });
+        assert!(upgraded);
+        mine.downgrade();
         // By QEMU's rules alone.
         let qemu = File::open(file.path()).unwrap();
         assert_eq!(lock_bytes(&qemu, Access::Shared), Ok(true));

@@ -5,7 +5,8 @@
 //!
 //! imago makes an image larger by writing its header twice, with the place of a larger L1 table and with the size, and waits for
 //! nothing in between. Here the header is held back meanwhile, and the file has the old one until all that the new one is going to
-//! speak of is on stable storage: wherever it is cut off, the image has the size that it had, and all its blocks, or the new size, and zeroes in what is new.
+//! speak of is on stable storage: wherever it is cut off, the image has the size that it had, and all its blocks, or the new size,
+//! and zeroes in what is new.
 //!
 //! What is new need not be zero by itself. The backing file may be longer than the image was; the last cluster may hold bytes
 //! behind the old end, and so may others, since whoever makes an image smaller need not forget what he cuts off.
